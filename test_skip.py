@@ -1,0 +1,613 @@
+"""The specification of train_gpt_skip.py as tests: each name is a sentence of it, groups follow the script.
+
+The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the script.
+"""
+import json, math, os, re, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import train_gpt_skip as tgs
+from train_gpt_skip import Config, MiddleSkippingTransformer, UserError
+
+ROOT = Path(__file__).resolve().parent
+TINY = dict(dim=16, n_layers=4, n_heads=2, vocab_size=11, max_seq_len=8, batch_size=4, device_batch_size=2, num_steps=3)
+torch.set_num_threads(1)  # the cases are tiny
+os.environ["OMP_NUM_THREADS"] = "1"
+few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The oracle: Eq. 1-5 and Llama 3's modules, a token at a time.
+
+def oracle_norm(x, w, eps):
+    return x / torch.sqrt((x * x).mean() + eps) * w
+
+
+def oracle_rope(x, i, cfg):
+    y = x.clone()
+    for p in range(len(x) // 2):
+        angle = i * cfg.rope_theta ** (-2 * p / len(x))
+        c, s = math.cos(angle), math.sin(angle)
+        y[2 * p], y[2 * p + 1] = x[2 * p] * c - x[2 * p + 1] * s, x[2 * p] * s + x[2 * p + 1] * c
+    return y
+
+
+def oracle_attention(x, g, P, p, cfg):
+    """Eq. 3 for every head; x: normalised inputs of one sequence; g: its gates at this block, or None."""
+    D, out = cfg.dim // cfg.n_heads, []
+    q = [(P[p + "wq.weight"] @ v).view(-1, D) for v in x]
+    k = [(P[p + "wk.weight"] @ v).view(-1, D) for v in x]
+    v = [(P[p + "wv.weight"] @ v).view(-1, D) for v in x]
+    for i in range(len(x)):
+        heads = []
+        for h in range(cfg.n_heads):
+            kv = h // (cfg.n_heads // cfg.n_kv_heads)
+            top, bottom = torch.zeros(D, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+            for j in range(i + 1):
+                weight = torch.exp(oracle_rope(q[i][h], i, cfg) @ oracle_rope(k[j][kv], j, cfg) / math.sqrt(D))
+                if g is not None:
+                    weight = weight * (torch.clamp(g[j], min=1e-6) if g[j] > 0 else 0.0)
+                top, bottom = top + weight * v[j][kv], bottom + weight
+            heads.append(top / bottom if bottom > 0 else top)
+        out.append(P[p + "wo.weight"] @ torch.cat(heads))
+    return out
+
+
+def oracle_block(h, g, P, l, cfg):
+    p, eps, one = f"layers.{l}.", cfg.norm_eps, [1.0] * len(h)
+    post = (lambda y, name: oracle_norm(y, P[p + name], eps)) if cfg.norm == "sandwich" else (lambda y, name: y)
+    x = [oracle_norm(v, P[p + "pre_attention_norm.weight"], eps) for v in h]
+    o = oracle_attention(x, g if cfg.gate_attention == "keys" else None, P, p + "attention.", cfg)
+    a = [v + w * post(y, "post_attention_norm.weight") for v, y, w in zip(h, o, g or one)]
+    out = []
+    for v, w in zip(a, g or one):
+        x = oracle_norm(v, P[p + "pre_feed_forward_norm.weight"], eps)
+        u = P[p + "feed_forward.w1.weight"] @ x
+        y = P[p + "feed_forward.w2.weight"] @ (u / (1 + torch.exp(-u)) * (P[p + "feed_forward.w3.weight"] @ x))
+        out.append(v + w * post(y, "post_feed_forward_norm.weight"))
+    return out
+
+
+def oracle_forward(tokens, P, cfg):
+    """(logits (B, T, V), gates (L, B, T)) of tokens (B, T), from parameters P by released name, float64."""
+    logits, gates = [], []
+    for sequence in tokens:
+        h = [oracle_norm(P["tok_embeddings.weight"][t], P["input_norm.weight"], cfg.norm_eps) for t in sequence]
+        S, g_of = [torch.zeros((), dtype=torch.float64)] * len(h), {}
+        for l in range(cfg.n_layers):
+            if not cfg.gated:
+                g_of[l] = None
+            elif l < cfg.n_layers // 2:
+                w, b = P[f"masks.{l}.linear.weight"][0], P[f"masks.{l}.linear.bias"][0]
+                S = [s + torch.relu(w @ v + b) for s, v in zip(S, h)]  # Eq. 1
+                g_of[l] = [1 - s if s < 1 else torch.zeros_like(s) for s in S]  # Eq. 2
+            else:
+                g_of[l] = g_of[cfg.n_layers - 1 - l]
+            h = oracle_block(h, g_of[l], P, l, cfg)
+        h = [oracle_norm(v, P["output_norm.weight"], cfg.norm_eps) for v in h]
+        logits.append(torch.stack([P["output.weight"] @ v for v in h]))
+        gates.append(torch.stack([torch.stack(g_of[l]) for l in range(cfg.n_layers)]) if cfg.gated else
+                     torch.ones(cfg.n_layers, len(h), dtype=torch.float64))
+    return torch.stack(logits), torch.stack(gates, 1)
+
+
+def oracle_loss(logits, gates, targets, alpha, beta):
+    """Cross-entropy plus Eq. 5, with alpha and beta of all L layers."""
+    ce = torch.stack([torch.logsumexp(row, 0) - row[t] for row, t in zip(logits.flatten(0, 1), targets.flatten())])
+    loss, N = ce.mean(), gates[0].numel()
+    for l in range(len(gates)):
+        g = gates[l].flatten()
+        m = g.sum() / N
+        loss = loss + (alpha[l] * m + beta[l] * ((g - m) ** 2).sum() / N) / len(gates)
+    return loss
+
+
+def random_model(seed=0, closing=0.0, **kw):
+    """A model whose gates close more the larger `closing` is (about 0.5: half of the tokens)."""
+    cfg = Config(**(TINY | kw))
+    model = MiddleSkippingTransformer(cfg)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+        if name.endswith("linear.bias"):
+            p.data = p.data * 0.1 + closing
+    return model, cfg
+
+
+def random_tokens(cfg, B=2, T=6, seed=0):
+    x = torch.randint(cfg.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    return x[:, :-1], x[:, 1:]
+
+
+def model_logits(model, tokens):
+    B, T = tokens.shape
+    h, _, depth = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B), B)
+    return model.output(h).view(B, T, -1), depth.view(B, T)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Model
+
+@pytest.mark.parametrize("kw", [
+    dict(), dict(closing=0.3), dict(closing=0.6, n_layers=6), dict(closing=1.5), dict(closing=0.3, n_kv_heads=1),
+    dict(closing=0.3, norm="pre"), dict(control="dense"), dict(closing=0.3, gate_attention="none", compute="masked"),
+    dict(n_layers=2, closing=0.3), dict(closing=0.4, compute="masked")], ids=str)
+def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):
+    model, cfg = random_model(1, **kw)
+    inputs, targets = random_tokens(cfg)
+    P = {k: v.detach().double().requires_grad_() for k, v in model.named_parameters()}
+    logits, gates = oracle_forward(inputs, P, cfg)
+    alpha, beta = [0.7 + 0.1 * l for l in range(cfg.n_levels)], [0.3 - 0.4 * l for l in range(cfg.n_levels)]
+    want = oracle_loss(logits, gates, targets, alpha + alpha[::-1], beta + beta[::-1])
+    want.backward()
+
+    ce, stats = model(inputs, targets)
+    control = tgs.GateControl(cfg, "cpu")
+    control.coef = torch.tensor([alpha, beta], dtype=torch.float64)
+    loss = ce + control.loss(tgs.moments(stats, inputs.numel()))
+    loss.backward()
+    torch.testing.assert_close(model_logits(model, inputs)[0].double(), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    report = tgs.gate_report(stats.detach(), inputs.numel())
+    torch.testing.assert_close(torch.tensor(report["gate_mean"]), gates.mean((1, 2)).float(), rtol=1e-4, atol=1e-5)
+    assert report["gate_zero"] == pytest.approx((gates == 0).double().mean((1, 2)).tolist())
+    for name, p in model.named_parameters():
+        exact = torch.zeros_like(P[name]) if P[name].grad is None else P[name].grad  # None: no token reached it
+        scale = exact.abs().max() + 1e-3
+        torch.testing.assert_close(p.grad.double() / scale, exact / scale, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@few
+@given(seed=st.integers(0, 99), closing=st.floats(0, 2), n_layers=st.sampled_from([2, 4, 8]), B=st.integers(1, 4),
+       T=st.integers(1, 8), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]))
+def test_packed_and_masked_agree_in_the_loss_and_in_every_gradient(seed, closing, n_layers, B, T, heads):
+    model, cfg = random_model(seed, closing, n_layers=n_layers, n_heads=heads[0], n_kv_heads=heads[1])
+    inputs, targets = random_tokens(cfg, B, T, seed)
+    results = []
+    for compute in ("packed", "masked"):
+        model.cfg.compute = compute
+        model.zero_grad()
+        ce, stats = model(inputs, targets)
+        (ce + 0.3 * tgs.moments(stats, B * T).sum()).backward()
+        results.append([ce, stats[:, :3], *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_skipped_position_changes_nothing_that_other_positions_see():
+    """Tokens 0 and 1 skip at the first router; one for the other leaves all other logits the same, bit for bit.
+    With the released code's attention (no gate on keys) it does not."""
+    for gate_attention in ("keys", "none"):
+        model, cfg = random_model(2, gate_attention=gate_attention, compute="masked")
+        with torch.no_grad():
+            model.masks[0].linear.weight.zero_()[0, 0] = 10.0
+            model.masks[0].linear.bias.fill_(-5.0)
+            model.masks[1].linear.bias.fill_(-100.0)
+            model.tok_embeddings.weight[:, 0] = 0.0
+            model.tok_embeddings.weight[:2, 0] = 3.0
+        a = torch.tensor([[5, 0, 3, 4, 0, 6]])
+        b = torch.tensor([[5, 1, 3, 4, 0, 6]])
+        (la, depth), (lb, _) = model_logits(model, a), model_logits(model, b)
+        assert depth.tolist() == [[4, 0, 4, 4, 0, 4]]
+        others = [0, 2, 3, 4, 5]
+        assert torch.equal(la[:, others], lb[:, others]) == (gate_attention == "keys")
+
+
+def test_the_released_bias_on_query_rows_changes_nothing():
+    """Why its gate masks nothing: a constant added to a row of logits cancels in the softmax."""
+    logits, g = torch.randn(6, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    rows = (logits + g.clamp(min=1e-6).log()[:, None]).softmax(-1)
+    torch.testing.assert_close(rows, logits.softmax(-1))
+    assert not torch.allclose((logits + g.log()[None, :]).softmax(-1), logits.softmax(-1), atol=1e-3)
+
+
+def test_gates_of_one_give_the_dense_model():
+    dense, _ = random_model(3, control="dense")
+    gated = MiddleSkippingTransformer(Config(**TINY))
+    gated.load_state_dict(dense.state_dict(), strict=False)
+    for router in gated.masks:
+        torch.nn.init.zeros_(router.linear.weight), torch.nn.init.zeros_(router.linear.bias)
+    inputs, _ = random_tokens(dense.cfg)
+    assert torch.equal(model_logits(gated, inputs)[0], model_logits(dense, inputs)[0])
+
+
+@pytest.mark.parametrize("compute", ["packed", "masked"])
+def test_no_position_sees_a_later_one(compute):
+    model, cfg = random_model(4, closing=0.3, compute=compute)
+    inputs, _ = random_tokens(cfg, 1, 8)
+    changed = inputs.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % cfg.vocab_size
+    a, b = model_logits(model, inputs)[0], model_logits(model, changed)[0]
+    torch.testing.assert_close(a[:, :5], b[:, :5])
+    assert not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+def test_a_gate_that_has_reached_zero_passes_no_gradient():
+    S = torch.tensor([0.0, 0.5, 1.0, 1.5], requires_grad=True)
+    g = tgs.gate(S)
+    g.sum().backward()
+    assert g.tolist() == [1, 0.5, 0, 0] and S.grad.tolist() == [-1, -1, 0, 0]
+
+
+def test_a_batch_in_which_no_token_runs_any_block_still_gives_every_parameter_a_gradient():
+    model, cfg = random_model(5)
+    torch.nn.init.constant_(model.masks[0].linear.bias, 1e3)
+    ce, stats = model(*random_tokens(cfg))
+    ce.backward()
+    assert stats[:, 2].tolist() == [0, 0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_scaled_rope_is_llama_3s():
+    cfg = Config(**TINY | dict(use_scaled_rope=True, dim=64, rope_theta=500000.0))
+    cos, _ = tgs.rope_table(cfg)
+    for p in range(cfg.head_dim // 2):
+        f = cfg.rope_theta ** (-2 * p / cfg.head_dim)
+        wavelength = 2 * math.pi / f
+        smooth = (8192 / wavelength - 1) / 3
+        f = f if wavelength < 2048 else f / 8 if wavelength > 8192 else (1 - smooth) * f / 8 + smooth * f
+        assert cos[5, p].item() == pytest.approx(math.cos(5 * f), abs=1e-5)
+
+
+def test_initial_weights_are_normal_norms_one_and_router_biases_zero():
+    cfg = Config(**TINY | dict(dim=128))
+    model = MiddleSkippingTransformer(cfg)
+    tgs.initialise(model, cfg)
+    for name, p in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert (p == (1 if "norm" in name else 0)).all()
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.3), name
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="extra"):
+        tgs.initialise(model, cfg)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# FlexAttention's tables and kernel (CUDA's path), as far as a CPU can show them
+
+def packing(lengths, total):
+    seq = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    return torch.cat((seq, torch.full((total - len(seq),), len(lengths))))
+
+
+lengths_of_sequences = st.lists(st.integers(1, 300), min_size=1, max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths_of_sequences)
+def test_block_tables_are_those_of_the_dense_mask(lengths):
+    n = -(-sum(lengths) // tgs.ROWS) * tgs.ROWS
+    seq = packing(lengths, n)
+    i = torch.arange(n)
+    dense = (i[:, None] >= i) & (seq[:, None] == seq)
+    blocks = dense.view(n // tgs.ROWS, tgs.ROWS, n // tgs.ROWS, tgs.ROWS).transpose(1, 2)
+    some, every = blocks.any(-1).any(-1), blocks.all(-1).all(-1)
+    n_part, part, n_full, full = (t[0, 0] for t in tgs.block_tables(seq))
+    for q in range(len(some)):
+        assert sorted(part[q, :n_part[q]].tolist()) == (some[q] & ~every[q]).nonzero().flatten().tolist()
+        assert sorted(full[q, :n_full[q]].tolist()) == every[q].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("gated", [True, False])
+def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
+    lengths, n, D = [130, 1, 200, 40], 384, 16
+    seq = packing(lengths, n)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, h, D, generator=generator) for h in (4, kv_heads, kv_heads))
+    g = torch.rand(n, generator=generator)
+    g[::7] = 0
+    ln_g = tgs.log_gate(g) if gated else None
+    with torch.no_grad():
+        rows = tgs.attend_rows(q, k, v, ln_g, lengths + [n - sum(lengths)])
+        flex = tgs.attend_flex(q, k, v, ln_g, tgs.block_mask(seq))
+    seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any() for i in range(n)])
+    torch.testing.assert_close(rows[seen], flex[seen], rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Control (Table 1)
+
+def controlled(rule, **kw):
+    cfg = Config(**TINY | dict(control=rule, mean_target_start=0.9, mean_target_end=0.5) | kw)
+    return tgs.GateControl(cfg, "cpu")
+
+
+def observed(control, mean_deviation, var_deviation):
+    return control.target + torch.tensor([[mean_deviation], [var_deviation]], dtype=torch.float64)
+
+
+def test_targets_are_linearly_spaced_means_and_bernoulli_variances():
+    control = controlled("proportional", n_layers=6)
+    assert control.target.tolist() == [pytest.approx([0.9, 0.7, 0.5]), pytest.approx([0.09, 0.21, 0.25])]
+
+
+@pytest.mark.parametrize("rule, gamma, move", [
+    ("adaptive", 1e-3, lambda d: math.copysign(1e-3, d)), ("proportional", 1e-3, lambda d: 1e-3 * d),
+    ("proportional", 0.5, lambda d: 0.5 * d), ("sparsity", None, lambda d: 0), ("none", None, lambda d: 0),
+    ("sparsity_variance", None, lambda d: 0), ("sparsity_variance_l2", None, lambda d: 0)])
+def test_each_rule_moves_alpha_and_beta_by_its_law_and_rests_within_the_tolerance(rule, gamma, move):
+    for mean_dev, var_dev in ((0.2, -0.1), (-0.3, 0.05), (0.009, 0.2), (-0.009, -0.009), (0.0, 0.0)):
+        control = controlled(rule, coef_update=gamma)
+        before = control.coef.clone()
+        control.update(observed(control, mean_dev, var_dev))
+        for row, d in enumerate((mean_dev, var_dev)):
+            want = move(d) if abs(d) > 0.01 else 0.0
+            assert (control.coef - before)[row].tolist() == pytest.approx([want, want])
+
+
+def test_proportional_derivative_moves_only_while_the_deviation_grows():
+    control, average, want = controlled("proportional_derivative"), None, 0.0
+    for d in (0.1, 0.2, 0.3, 0.1, 0.02, -0.2, -0.35, -0.008, 0.005):
+        average = d if average is None else 0.9 * average + 0.1 * d
+        if d * (d - average) > 0 and abs(d) > 0.01:
+            want += 1e-2 * d
+        control.update(observed(control, d, d))
+        assert control.coef.flatten().tolist() == pytest.approx([want] * 4)
+    assert want != 0
+
+
+@pytest.mark.parametrize("rule, want", [
+    ("sparsity", lambda m, v, mu, s2: 0.01 * m), ("sparsity_variance", lambda m, v, mu, s2: 0.01 * m - 0.01 * v),
+    ("sparsity_variance_l2", lambda m, v, mu, s2: 0.1 * (m - mu) ** 2 + 0.1 * (v - s2) ** 2),
+    ("adaptive", lambda m, v, mu, s2: 0.0), ("none", lambda m, v, mu, s2: 0.0)])
+def test_the_gate_loss_of_each_rule_is_table_1s(rule, want):
+    control = controlled(rule)
+    seen = torch.tensor([[0.8, 0.3], [0.1, 0.2]], dtype=torch.float64)
+    layers = [want(m, v, mu, s2) for m, v, mu, s2 in zip(*seen.tolist(), *control.target.tolist())]
+    assert control.loss(seen).item() == pytest.approx(sum(2 * x for x in layers) / 4)
+
+
+def test_variance_is_over_the_population_of_all_tokens_skipped_ones_included():
+    model, cfg = random_model(6, closing=0.3)
+    inputs, targets = random_tokens(cfg)
+    _, stats = model(inputs, targets)
+    _, gates = oracle_forward(inputs, {k: v.detach().double() for k, v in model.named_parameters()}, cfg)
+    want = gates.flatten(1).var(1, unbiased=False)
+    assert tgs.gate_report(stats.detach(), inputs.numel())["gate_var"] == pytest.approx(want.tolist(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# FLOPs
+
+@pytest.mark.parametrize("kw", [dict(), dict(closing=0.4), dict(control="dense"), dict(closing=0.3, n_kv_heads=1)], ids=str)
+def test_realised_flops_are_those_that_torch_counts(kw, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+    model, cfg = random_model(7, **kw)
+    inputs, targets = random_tokens(cfg)
+    monkeypatch.setattr(tgs, "ROWS", 1)  # a row at a time: exactly the causal pairs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _, stats = model(inputs, targets)
+    assert tgs.realised_flops(cfg, stats, inputs.numel()) == counter.get_total_flops()
+
+
+def test_estimated_flops_count_each_block_once_and_scale_with_sparsity():
+    cfg, half = Config(), Config(n_layers=6)
+    full, none, middle = (tgs.estimated_flops(cfg, s) for s in (0.0, 1.0, 0.5))
+    assert middle == pytest.approx((full + none) / 2)
+    assert (full - none) / (tgs.estimated_flops(half) - tgs.estimated_flops(half, 1.0)) == pytest.approx(2)
+    products = 12 * (2 * 1024 * 12 * 768**2 + 2 * 1024 * 4 * 768**2 + 4 * 1024**2 * 768) + 2 * 1024 * 768 * 50257
+    assert products < full < 1.1 * products
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+class Rank:
+    def __init__(self, rank, world):
+        self.rank, self.world, self.device, self.main = rank, world, torch.device("cpu"), rank == 0
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_reads_the_same_windows_at_every_step(tmp_path, world):
+    """Two shards of 100 and 75 tokens, blocks of 4 x 8: three steps, then two, then from the start again."""
+    write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100, 175))
+    shards = tgs.Shards(str(tmp_path / "a_*.bin"), None, 1000, "train_files")
+    cfg = Config(**TINY | dict(device_batch_size=1))
+    loaders = [tgs.TrainLoader(shards, cfg, Rank(r, world)) for r in range(world)]
+    assert loaders[0].steps_per_pass == 5
+    for start in (0, 32, 64, 100, 132, 0, 32):
+        assert len({loader.place for loader in loaders}) == 1
+        batches = [list(loader.micro_batches()) for loader in loaders]
+        for a in range(4 // world):
+            for r in range(world):
+                first = start + 8 * (a * world + r)
+                x, y = batches[r][a]
+                assert x.flatten().tolist() == list(range(first, first + 8))
+                assert y.flatten().tolist() == list(range(first + 1, first + 9))
+
+
+def test_a_loader_goes_on_from_the_place_that_a_checkpoint_holds(tmp_path):
+    shards = tgs.Shards(str(write_shard(tmp_path / "a.bin", range(200))), None, 1000, "train_files")
+    cfg = Config(**TINY)
+    loader = tgs.TrainLoader(shards, cfg, Rank(0, 1))
+    list(loader.micro_batches())
+    other = tgs.TrainLoader(shards, cfg, Rank(0, 1))
+    other.seek(loader.place)
+    for (a, _), (b, _) in zip(loader.micro_batches(), other.micro_batches()):
+        assert torch.equal(a, b)
+
+
+def test_train_tokens_limits_the_training_set_and_val_tokens_the_validation_set(tmp_path):
+    write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100))
+    shards = tgs.Shards(str(tmp_path / "a_*.bin"), 130, 1000, "train_files")
+    assert [len(t) for t in shards.tokens] == [100, 30]
+
+
+def test_validation_takes_every_full_sequence_of_every_shard(tmp_path):
+    write_shard(tmp_path / "v_1.bin", [1] * 33), write_shard(tmp_path / "v_2.bin", [2] * 24)
+    cfg = Config(**TINY)
+    shards = tgs.Shards(str(tmp_path / "v_*.bin"), None, 11, "val_files")
+    assert tgs.sequences(shards, cfg) == [(0, 0), (0, 8), (0, 16), (0, 24), (1, 0), (1, 8)]
+    model, _ = random_model(8)
+    rt = tgs.Runtime(cfg)
+    result = tgs.evaluate(model, cfg, rt, shards)
+    inputs = torch.tensor([[1] * 8] * 4 + [[2] * 8] * 2)
+    want = torch.nn.functional.cross_entropy(model_logits(model, inputs)[0].flatten(0, 1), inputs.flatten())
+    assert result["tokens"] == 48 and result["cross_entropy"] == pytest.approx(want.item(), rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
+    cfg = Config(**TINY | dict(num_steps=100, lr=2.0))
+    lr = [tgs.learning_rate(i, cfg) for i in range(101)]
+    assert lr[0] == pytest.approx(0.2) and lr[5] == pytest.approx(1.1) and lr[10] == 2.0
+    assert lr[55] == pytest.approx(1.0) and lr[100] == pytest.approx(0.0)
+    assert tgs.learning_rate(0, Config(**TINY | dict(lr=2.0, warmup_fraction=0.0))) == 2.0
+
+
+def test_the_optimizers_groups_partition_the_parameters():
+    model, cfg = random_model()
+    groups = {g["name"]: g["params"] for g in tgs.make_optimizer(model, cfg).param_groups}
+    assert set(groups) == {"default", "norms", "routers"} and len(groups["routers"]) == 4
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The script, end to end
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Shards of a text with structure: a counter with noise, 11 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for name, n in (("c_train_000001.bin", 3000), ("c_train_000002.bin", 2000), ("c_val_000000.bin", 500)):
+        write_shard(folder / name, (np.arange(n) + (rng.random(n) < 0.1)) % 11)
+    return folder
+
+
+def flags(corpus, records, **kw):
+    settings = TINY | dict(train_files=corpus / "c_train_*.bin", val_files=corpus / "c_val_*.bin", device="cpu",
+                           dtype="float32", records_dir=records) | kw
+    return [part for k, v in settings.items() if v is not None for part in (f"--{k}", str(v))]
+
+
+def events(folder, kind=None):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if kind in (None, r["kind"])]
+
+
+def only_record(folder):
+    found = [p for p in folder.iterdir() if p.is_dir()]
+    assert len(found) == 1
+    return found[0]
+
+
+def run_script(*argv, **kw):
+    return subprocess.run([sys.executable, ROOT / "train_gpt_skip.py", *map(str, argv)], capture_output=True, text=True,
+                          timeout=120, **kw)
+
+
+def test_a_run_of_the_script_leaves_a_record_that_says_everything(tmp_path, corpus):
+    done = run_script(*flags(corpus, tmp_path, num_steps=6, val_every=4, name="trial"))
+    assert done.returncode == 0, done.stderr
+    record = only_record(tmp_path)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_trial", record.name)
+    names = {p.name for p in record.iterdir()}
+    assert names == {"log.txt", "metrics.jsonl", "config.json", "env.json", "train_gpt_skip.py", "summary.json",
+                     "plot.png", "checkpoint_6.pt", "model.safetensors"}
+    train, val = events(record, "train"), events(record, "val")
+    assert [e["step"] for e in train] == list(range(6)) and [e["step"] for e in val] == [0, 4, 6]
+    assert set(train[0]) == {"kind", "step", "tokens", "train_s", "loss", "cross_entropy", "lr", "grad_norm",
+                             "tokens_per_s", "gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"}
+    assert set(val[0]) == {"kind", "step", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "tokens", "val_s"}
+    assert all(len(train[0][k]) == 4 for k in ("gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"))
+    config, env = (json.loads((record / f).read_text()) for f in ("config.json", "env.json"))
+    assert config["dim"] == 16 and config["coef_update"] == 1e-3 and len(env["source_sha256"]) == 64
+    assert env["shards"]["train"][1] == {"name": "c_train_000002.bin", "bytes": 5024, "tokens": 2000}
+    summary = json.loads((record / "summary.json").read_text())
+    assert summary["cross_entropy"] == val[-1]["cross_entropy"] and summary["step"] == 6
+    assert "sparsity" in done.stdout and "of a dense step" in done.stdout and "eval --checkpoint" in done.stdout
+    assert (record / "log.txt").read_text() in done.stdout + "\n"
+
+    again = run_script("eval", "--checkpoint", record, "--val_files", corpus / "c_val_*.bin", "--device", "cpu")
+    assert again.returncode == 0, again.stderr
+    loss = float(re.search(r"cross_entropy (\d+\.\d{4,})", again.stdout)[1])
+    assert loss == pytest.approx(val[-1]["cross_entropy"], abs=1e-5)
+
+
+def test_the_first_steps_of_a_run_are_those_of_the_equations(tmp_path, corpus):
+    """Loss, gate statistics and coefficients of two steps of two micro-batches, by oracle and AdamW in float64."""
+    cfg = Config(**TINY | dict(num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3))
+    assert tgs.main(flags(corpus, tmp_path, num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3)) == 0
+    seen = events(only_record(tmp_path), "train")
+    model = MiddleSkippingTransformer(cfg)
+    tgs.initialise(model, cfg)
+    P = {k: v.detach().double().requires_grad_() for k, v in model.named_parameters()}
+    adam = torch.optim.AdamW(P.values(), lr=0, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
+    tokens = torch.from_numpy(np.fromfile(corpus / "c_train_000001.bin", "<u2", offset=1024).astype(np.int64))
+    alpha, beta, mu = torch.zeros(4).double(), torch.zeros(4).double(), torch.tensor([1.0, 0.2, 0.2, 1.0]).double()
+    for step, lr in enumerate((1e-3, 1e-3 * 0.5)):
+        losses, gates = [], []
+        for a in range(2):
+            first = step * 32 + a * 16
+            x, y = tokens[first:first + 16].view(2, 8), tokens[first + 1:first + 17].view(2, 8)
+            logits, g = oracle_forward(x, P, cfg)
+            losses.append(oracle_loss(logits, g, y, alpha, beta))
+            gates.append(g.detach().flatten(1))
+        sum(losses).div(2).backward()
+        adam.param_groups[0]["lr"] = lr
+        adam.step(), adam.zero_grad()
+        g = torch.cat(gates, 1)
+        m, v = g.mean(1), g.var(1, unbiased=False)
+        for coef, deviation in ((alpha, m - mu), (beta, v - mu * (1 - mu))):
+            coef += 0.5 * deviation * (deviation.abs() > 0.01)
+        event = seen[step]
+        assert event["lr"] == pytest.approx(lr) and event["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4)
+        assert event["gate_mean"] == pytest.approx(m.tolist(), abs=1e-4)
+        assert event["gate_var"] == pytest.approx(v.tolist(), abs=1e-4)
+        assert event["mean_coef"] == pytest.approx(alpha.tolist(), abs=1e-4)
+        assert event["var_coef"] == pytest.approx(beta.tolist(), abs=1e-4)
+
+
+def test_a_target_loss_stops_the_run_and_the_summary_says_when(tmp_path, corpus):
+    assert tgs.main(flags(corpus, tmp_path, num_steps=20, val_every=2, target_loss=99.0)) == 0
+    summary = json.loads((only_record(tmp_path) / "summary.json").read_text())
+    assert summary["target_reached"] and summary["step"] == 0
+
+
+def test_training_learns_and_reaches_the_targets_of_the_gates(tmp_path, corpus):
+    """A language of period 11: the loss falls below half, and the middle gates come near their target."""
+    kw = dict(num_steps=150, dim=32, lr=1e-2, coef_update=0.1, mean_target_end=0.4, val_every=150, batch_size=8)
+    assert tgs.main(flags(corpus, tmp_path, **kw)) == 0
+    first, last = events(only_record(tmp_path), "val")
+    assert last["cross_entropy"] < 0.5 * first["cross_entropy"]
+    assert last["gate_zero"][1] > 0.3 and last["gate_mean"][1] == pytest.approx(0.4, abs=0.2)
+
+
+def test_importing_the_script_does_no_work():
+    code = "import sys, train_gpt_skip; assert 'matplotlib' not in sys.modules; import torch.distributed as d; " \
+           "assert not d.is_initialized(); print('done')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "done\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--no_such_flag", "1"], "--no_such_flag"), (["--n_layers", "3"], "--n_layers 3 must be even"),
+    (["--dim", "100"], "--n_heads"), (["--dim", "ten"], "--dim"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--n_kv_heads", "5"], "--n_kv_heads"), (["--batch_size", "7"], "--device_batch_size"),
+    (["--gate_attention", "none"], "still a key"), (["--control", "magic"], "--control"),
+    (["--control", "sparsity", "--coef_update", "1"], "--coef_update"), (["--mean_target_end", "1.5"], "between 0 and 1"),
+    (["--train_files", "nowhere/*.bin"], "matches no file"), (["--resume", "nowhere"], "not a record"),
+    (["--init_from", "nowhere"], "does not exist"), (["eval"], "--checkpoint"), (["--preset", "huge"], "--preset")])
+def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status_2(argv, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tgs.main([*argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+    assert not list(tmp_path.iterdir())
