@@ -370,31 +370,68 @@ def attend_flex(q, k, v, ln_g, mask):
     return out[0].transpose(0, 1)
 
 
+@torch.compiler.disable  # lengths are plain numbers: a graph would be compiled anew for each
 def attend_rows(q, k, v, ln_g, lengths):
-    """The CPU's kernel: a sequence at a time, in blocks of query rows over the causal part only."""
     with torch.autocast("cpu", enabled=False):
-        qs, ks, vs = (t.float().split(lengths) for t in (q, k, v))
-        gs = [None] * len(lengths) if ln_g is None else ln_g.split(lengths)
-        out = [causal_attention(*args) for args in zip(qs, ks, vs, gs) if len(args[0])]
-        return torch.cat(out).to(q.dtype) if out else q + (k.sum() + v.sum())  # no token: gradients of zero
+        return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, lengths).to(q.dtype)
 
 
-def causal_attention(q, k, v, ln_g):
-    """One sequence: the last len(q) of its len(k) tokens attend to all that are not after them."""
-    (n, H, D), (m, Hkv, _) = q.shape, k.shape
-    group = H // Hkv  # query heads that share a key head become further rows of it
-    q = q.view(n, Hkv, group, D).permute(1, 2, 0, 3)  # (kv_heads, group, n, head_dim)
-    k, v = k.transpose(0, 1), v.transpose(0, 1)  # (kv_heads, m, head_dim)
-    out = []
-    for start in range(0, n, ROWS):
-        rows = min(ROWS, n - start)
-        end = m - n + start + rows  # keys that the block's last row sees
-        bias = torch.full((rows, end), REMOVED).triu_(end - rows + 1)
-        bias = (bias if ln_g is None else bias + ln_g[:end]).expand(group, rows, end).reshape(1, -1, end)
-        q_rows = q[:, :, start:start + rows].reshape(Hkv, -1, D)
-        logits = torch.baddbmm(bias, q_rows, k[:, :end].transpose(1, 2), alpha=D**-0.5)
-        out.append((logits.softmax(-1) @ v[:, :end]).view(Hkv, group, rows, D))
-    return torch.cat(out, 2).permute(2, 0, 1, 3).reshape(n, H, D)
+class RowBlockAttention(torch.autograd.Function):
+    """The CPU's kernel: a sequence at a time, in blocks of query rows, over the causal part only.
+
+    Query heads that share a key head are stacked as further rows of it: matrices are (kv_heads, group * rows, .).
+    """
+
+    @staticmethod
+    def blocks(q, kv_heads, lengths):
+        """(query rows, their keys) of every block, as slices, and the function that stacks heads."""
+        slices, first = [], 0
+        for n in lengths:
+            for i in range(first, first + n, ROWS):
+                slices.append((slice(i, min(i + ROWS, first + n)), slice(first, min(i + ROWS, first + n))))
+            first += n
+
+        def stack(x):  # (rows, heads, head_dim) to (kv_heads, group * rows, head_dim)
+            return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+        return slices, stack
+
+    @staticmethod
+    def forward(ctx, q, k, v, ln_g, lengths):
+        slices, stack = RowBlockAttention.blocks(q, k.shape[1], lengths)
+        group, out, weights = q.shape[1] // k.shape[1], torch.empty_like(q), []
+        causal = torch.full((ROWS, ROWS), REMOVED).triu(1)
+        for rows, keys in slices:
+            n, m = rows.stop - rows.start, keys.stop - keys.start
+            bias = F.pad(causal[:n, :n], (m - n, 0))
+            bias = (bias if ln_g is None else bias + ln_g[keys]).expand(group, n, m).reshape(1, group * n, m)
+            logits = torch.baddbmm(bias, stack(q[rows]), k[keys].permute(1, 2, 0), alpha=q.shape[2]**-0.5)
+            weights.append(logits.softmax(-1))
+            o = torch.bmm(weights[-1], v[keys].transpose(0, 1))
+            out[rows].unflatten(1, (-1, group)).copy_(o.unflatten(1, (group, n)).permute(2, 0, 1, 3))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, out, *weights)
+            ctx.lengths, ctx.gated = lengths, ln_g is not None
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out, *weights = ctx.saved_tensors
+        slices, stack = RowBlockAttention.blocks(q, k.shape[1], ctx.lengths)
+        scale, group, dq = q.shape[2]**-0.5, q.shape[1] // k.shape[1], torch.empty_like(q)
+        dk, dv = (torch.zeros_like(t.transpose(0, 1)) for t in (k, v))  # (kv_heads, n, head_dim)
+        d_ln_g = q.new_zeros(len(q)) if ctx.gated else None
+        delta = (d_out * out).sum(-1, keepdim=True).neg_()  # softmax's backward: dS = P (dP - sum(P dP))
+        for (rows, keys), p in zip(slices, weights):
+            do = stack(d_out[rows])
+            ds = torch.baddbmm(stack(delta[rows]), do, v[keys].permute(1, 2, 0)).mul_(p)
+            dv[:, keys].baddbmm_(p.transpose(1, 2), do)
+            dk[:, keys].baddbmm_(ds.transpose(1, 2), stack(q[rows]), alpha=scale)
+            dq_rows = torch.bmm(ds, k[keys].transpose(0, 1)).mul_(scale)
+            dq[rows].unflatten(1, (-1, group)).copy_(dq_rows.unflatten(1, (group, -1)).permute(2, 0, 1, 3))
+            if ctx.gated:
+                d_ln_g[keys] += ds.sum((0, 1))
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), d_ln_g, None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -491,13 +528,14 @@ class MiddleSkippingTransformer(nn.Module):
         """One graph serves every block: parameters are inputs, the number of active tokens is dynamic."""
         self.run_block = torch.compile(Block.forward, dynamic=True)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and the gate statistics (`span`)."""
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
+        (L/2, 4), and the number of blocks that each token ran (B, T)."""
         B, T = inputs.shape
         seq = torch.arange(B, device=inputs.device).repeat_interleave(T, output_size=B * T)
         pos = torch.arange(T, device=inputs.device).repeat(B)
-        h, stats, _ = self.hidden(inputs.flatten(), seq, pos, B)
-        return head_loss(h, self.output.weight, targets.flatten()), stats
+        h, stats, depth = self.hidden(inputs.flatten(), seq, pos, B)
+        return head_loss(h, self.output.weight, targets.flatten()), stats, depth.view(B, T)
 
     def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
         """The final residual stream of packed tokens, each (n,): returns it normalised (n, d), the statistics of
@@ -668,13 +706,14 @@ def block_weights(cfg: Config) -> int:
     return 2 * cfg.dim * cfg.dim + 2 * cfg.dim * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.dim * cfg.hidden_dim
 
 
-def realised_flops(cfg: Config, stats, n: int) -> float:
-    """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4)."""
+def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> float:
+    """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head ran on
+    `heads` of them (default: all)."""
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
     rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
     blocks = 2 * (2 * rows * block_weights(cfg) + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
     routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.gated else 0.0
-    return float(blocks + routers + 2 * n * cfg.dim * cfg.vocab_size)
+    return float(blocks + routers + 2 * (n if heads is None else heads) * cfg.dim * cfg.vocab_size)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -826,20 +865,301 @@ def sequences(shards: Shards, cfg: Config) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards: Shards) -> dict:
-    """Token-weighted validation: cross-entropy (nats a token), gates and realised FLOPs, over all ranks."""
+def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards: Shards, watch=None) -> dict:
+    """Token-weighted validation: cross-entropy (nats a token), gates and realised FLOPs, over all ranks.
+    watch(inputs, depth), each (B, T), is called on every batch of this rank."""
     start, T, B = time.perf_counter(), cfg.max_seq_len, cfg.device_batch_size
     places = sequences(shards, cfg)
     totals = torch.zeros(cfg.n_levels * 4 + 1, dtype=torch.float64, device=rt.device)
     for first in range(rt.rank * B, len(places), rt.world * B):
         windows = torch.stack([shards.window(s, i, T + 1) for s, i in places[first:first + B]]).to(rt.device)
         with rt.autocast():
-            ce, stats = model(windows[:, :-1], windows[:, 1:])
+            ce, stats, depth = model(windows[:, :-1], windows[:, 1:])
         totals += torch.cat(((ce.double() * len(windows) * T)[None], stats.flatten()))
+        if watch:
+            watch(windows[:, :-1], depth)
     rt.sum(totals)
     tokens, stats = len(places) * T, totals[1:].view(-1, 4).cpu()
     return {"cross_entropy": totals[0].item() / tokens, **gate_report(stats, tokens), "tokens": tokens,
             "val_s": time.perf_counter() - start, "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
+
+
+class DepthTable:
+    """Mean depth over a corpus, by token and by position in the word and in the document: do the tokens that skip
+    form a hierarchy? A word begins after white space; a document, at the end-of-text token."""
+
+    WORD, DOCUMENT = 8, 12  # later positions in a word count as the last; positions in a document by powers of two
+
+    def __init__(self, cfg: Config, rt: Runtime):
+        self.rt, self.end = rt, 256 if encoding_name(cfg) == "bytes" else 50256
+        text = token_texts(cfg)
+        self.names = [repr(t) for t in text]
+        self.ends_word = torch.tensor([t[-1:].isspace() for t in text])
+        self.begins_word = torch.tensor([t[:1].isspace() or i == self.end for i, t in enumerate(text)])
+        self.sums = {name: torch.zeros(2, n, dtype=torch.float64) for name, n in (
+            ("token", cfg.vocab_size), ("position in the word", self.WORD),
+            ("position in the document", self.DOCUMENT))}
+
+    def add(self, inputs: Tensor, depth: Tensor):
+        inputs, depth = inputs.cpu(), depth.cpu()
+        begins = self.begins_word[inputs]
+        begins[:, 1:] |= self.ends_word[inputs[:, :-1]]
+        word = since(begins).clamp(max=self.WORD - 1)
+        document = since(inputs == self.end).add(1).log2().long().clamp(max=self.DOCUMENT - 1)
+        for sums, index in zip(self.sums.values(), (inputs, word, document)):
+            sums[0].index_add_(0, index.flatten(), depth.flatten().double())
+            sums[1].index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
+
+    def tables(self, at_least: int = 20) -> dict[str, list[tuple[str, float, int]]]:
+        """(what, mean depth, occurrences), by title; tokens that are rarer than at_least are left out."""
+        for sums in self.sums.values():
+            self.rt.sum(sums)
+        named = {"token": self.names, "position in the word": [str(i) for i in range(self.WORD - 1)] + ["later"],
+                 "position in the document": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.DOCUMENT)]}
+        rows = {title: [(name, d / n, int(n)) for name, d, n in zip(named[title], *sums.tolist()) if n]
+                for title, sums in self.sums.items()}
+        rows["token"] = sorted((r for r in rows["token"] if r[2] >= at_least), key=lambda r: r[1])
+        return rows
+
+
+def token_texts(cfg: Config) -> list[str]:
+    """The text of every token of the vocabulary; its number where the tokeniser is not at hand or has no text."""
+    def text(encoding, i):
+        with contextlib.suppress(KeyError):
+            return encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
+        return f"<{i}>"
+
+    try:
+        encoding = get_encoding(encoding_name(cfg))
+    except UserError as e:
+        print(f"WARNING: tokens are shown by number: {e}", file=sys.stderr)
+        return [f"<{i}>" for i in range(cfg.vocab_size)]
+    return [text(encoding, i) for i in range(cfg.vocab_size)]
+
+
+def since(marks: Tensor) -> Tensor:
+    """Columns since the last mark of each row (B, T), or since the row's start."""
+    at = torch.arange(marks.shape[1]).expand_as(marks)
+    return at - torch.where(marks, at, 0).cummax(1).values
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Decoding and sampling. A layer's cache holds the tokens that ran it, since nobody attends to the others.
+
+class LayerCache:
+    """Keys, values and ln g of one layer: row b holds the first counts[b] columns, in order of position."""
+
+    def __init__(self, rows: int, device):
+        self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.k = self.v = self.ln_g = None  # (rows, kv_heads, columns, head_dim) twice, (rows, columns)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
+        """As gated_attention, for rows that may follow cached ones: a whole prompt, or one token a sequence."""
+        first = self.k is None
+        seq, n = layout.seq[:layout.n], layout.n
+        start = layout.counts.cumsum(0) - layout.counts
+        column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
+        self.counts += layout.counts
+        self.reserve(int(self.counts.max()), k)
+        self.k[seq, :, column], self.v[seq, :, column] = k[:n], v[:n]
+        self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
+        if first:
+            return gated_attention(q, k, v, ln_g, layout._replace(cache=None))
+        return F.pad(self.attend_new(q[:n], seq), (0, 0, 0, 0, 0, len(q) - n))
+
+    def attend_new(self, q: Tensor, seq: Tensor) -> Tensor:
+        """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it."""
+        groups = q.unflatten(1, (self.k.shape[1], -1))  # (n, kv_heads, heads of a group, head_dim)
+        if len(seq) == len(self.counts) or q.device.type == "cuda":  # all rows, or one gather for one launch
+            rows, m = (slice(None) if len(seq) == len(self.counts) else seq), int(self.counts.max())
+            return self.attend_rows(groups, rows, m).view(q.shape)
+        out = [self.attend_rows(groups[i:i + 1], slice(b, b + 1), m)  # views: the CPU is bound by its memory
+               for i, (b, m) in enumerate(zip(seq.tolist(), self.counts[seq].tolist()))]
+        return torch.cat(out).view(q.shape) if out else q
+
+    def attend_rows(self, q: Tensor, rows, m: int) -> Tensor:
+        bias = self.ln_g[rows, None, None, :m].to(q.dtype)
+        return F.scaled_dot_product_attention(q, self.k[rows, :, :m], self.v[rows, :, :m], attn_mask=bias).contiguous()
+
+    def reserve(self, columns: int, like: Tensor):
+        """Room for that many columns; empty ones have a logit that gives them no weight."""
+        rows, have = len(self.counts), 0 if self.k is None else self.k.shape[2]
+        if columns <= have:
+            return
+        more = max(columns - have, 64 if have else 0)
+        new = like.new_zeros(rows, like.shape[1], more, like.shape[2])
+        none = torch.full((rows, more), REMOVED, device=like.device)
+        self.k, self.v = (new.clone() if t is None else torch.cat((t, new), 2) for t in (self.k, self.v))
+        self.ln_g = none if self.ln_g is None else torch.cat((self.ln_g, none), 1)
+
+    def bytes(self) -> int:
+        """Of the tokens held: keys, values, and ln g in float32."""
+        if self.k is None:
+            return 0
+        return int(self.counts.sum()) * (2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + 4)
+
+
+class Decoder:
+    """Sequences that grow together: their caches and lengths."""
+
+    def __init__(self, model: MiddleSkippingTransformer, rows: int):
+        self.model, self.device = model, model.cos.device
+        self.cache = [LayerCache(rows, self.device) for _ in range(model.cfg.n_layers)]
+        self.lengths = [0] * rows
+
+    @torch.no_grad()
+    def append(self, tokens: dict[int, list[int]]) -> tuple[Tensor, Tensor]:
+        """Run new tokens of some rows, by row. Returns logits of the last of each row (rows, V), float32, and the
+        depth of every token, row after row."""
+        ids = [t for row in tokens.values() for t in row]
+        seq = [b for b, row in tokens.items() for _ in row]
+        pos = [self.lengths[b] + i for b, row in tokens.items() for i in range(len(row))]
+        for b, row in tokens.items():
+            self.lengths[b] += len(row)
+        ids, seq, pos = (torch.tensor(x, device=self.device) for x in (ids, seq, pos))
+        h, _, depth = self.model.hidden(ids, seq, pos, len(self.lengths), self.cache)
+        last = torch.tensor([len(row) for row in tokens.values()], device=self.device).cumsum(0) - 1
+        return self.model.output(h[last]).float(), depth
+
+    def bytes(self) -> int:
+        return sum(c.bytes() for c in self.cache)
+
+
+class Token(NamedTuple):
+    id: int
+    depth: int  # blocks that it ran
+    p: float | None  # probability that the model gave it; None in a prompt
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> Tensor:
+    """One token a row of logits (n, V): the likeliest at temperature 0, else drawn from the top k, then from the
+    likeliest that together reach probability top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits / temperature).sort(-1, descending=True)
+    p = logits.softmax(-1)
+    p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
+    p = p if top_k is None else F.pad(p[:, :top_k], (0, max(0, p.shape[1] - top_k)))
+    return order.gather(1, torch.multinomial(p.cpu(), 1, generator=generator).to(order.device))[:, 0]
+
+
+def generate(model: MiddleSkippingTransformer, prompts: list[list[int]], max_new_tokens: int, temperature=1.0,
+             top_k=None, top_p=1.0, seed=0, stop: int | None = None) -> tuple[list[list[Token]], int]:
+    """Continue prompts (of different lengths) together, each until `stop`, max_new_tokens or max_seq_len.
+    Returns every sequence, prompt included, and the bytes of the cache at the end."""
+    decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed)
+    out, new, p_of = [[] for _ in prompts], dict(enumerate(prompts)), {}
+    limit = [min(len(p) + max_new_tokens, model.cfg.max_seq_len) for p in prompts]
+    while True:
+        logits, depth = decoder.append(new)
+        for (b, row), d in zip(new.items(), depth.split([len(row) for row in new.values()])):
+            out[b] += [Token(t, n, p_of.get(b)) for t, n in zip(row, d.tolist())]
+        picked = choose(logits, temperature, top_k, top_p, generator)
+        p = logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()
+        p_of = dict(zip(new, p))
+        new = {b: [t] for b, t in zip(new, picked.tolist())
+               if len(out[b]) < limit[b] and not (out[b][-1].id == stop and out[b][-1].p is not None)}
+        if not new:
+            break
+    return out, decoder.bytes()
+
+
+def encoding_name(cfg: Config) -> str:
+    return cfg.encoding or ("bytes" if cfg.vocab_size == 257 else "gpt2")
+
+
+def get_encoding(name: str):
+    """The tiktoken.Encoding "gpt2", or "bytes": the 256 single bytes and <|endoftext|> = 256."""
+    import tiktoken
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                 special_tokens={"<|endoftext|>": 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:  # the vocabulary comes from the network
+        raise UserError(f"the {name} vocabulary cannot be fetched ({str(e)[:120]!r}); go on line once, "
+                        "or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+
+
+def pieces(tokens: list[Token], encoding) -> list[tuple[str, Token]]:
+    """Text and the token that it shows: bytes of one character, from several tokens, are joined."""
+    out, pending = [], b""
+    for token in tokens:
+        pending += encoding.decode_single_token_bytes(token.id)
+        try:
+            out.append((pending.decode(), token))
+        except UnicodeDecodeError as e:
+            if e.end < len(pending) or len(pending) > 3:  # not merely unfinished
+                out.append((pending.decode(errors="replace"), token))
+            else:
+                continue
+        pending = b""
+    return out + ([(pending.decode(errors="replace"), tokens[-1])] if pending else [])
+
+
+def shade(fraction: float) -> tuple[int, int, int]:
+    """Colour of a share of the blocks, from pale yellow (none) over green to deep blue (all)."""
+    stops = [(253, 231, 140), (122, 205, 140), (38, 145, 160), (50, 80, 160), (48, 22, 100)]
+    at = min(fraction, 0.9999) * (len(stops) - 1)
+    low, rest = int(at), at - int(at)
+    return tuple(round(a + (b - a) * rest) for a, b in zip(stops[low], stops[low + 1]))
+
+
+def ink(fraction: float) -> str:
+    return "#fff" if fraction > 0.45 else "#222"
+
+
+def terminal_text(text: list[tuple[str, Token]], n_layers: int) -> str:
+    out = []
+    for piece, token in text:
+        f = token.depth / n_layers
+        color = f"\x1b[48;2;{';'.join(map(str, shade(f)))};38;5;{231 if f > 0.45 else 16}m"
+        out.append("\x1b[0m\n".join(color + line if line else "" for line in piece.split("\n")))
+    return "".join(out) + "\x1b[0m"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Depth of each token</title>
+<style>
+:root {{ color-scheme: light dark; --back: #fff; --text: #222; --soft: #777; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --back: #15171c; --text: #ddd; --soft: #999; }} }}
+body {{ background: var(--back); color: var(--text); font: 15px/1.9 ui-monospace, monospace; max-width: 60rem;
+  margin: 2.5rem auto; padding: 0 1.2rem; }}
+h1 {{ font: 600 1.25rem/1.3 system-ui, sans-serif; margin: 0 0 .3rem; }}
+p, figcaption {{ font: .9rem/1.5 system-ui, sans-serif; color: var(--soft); margin: 0 0 1.2rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 2rem; font: inherit; }}
+pre span {{ padding: .15em 0; }}
+pre span:hover {{ outline: 2px solid var(--text); }}
+.prompt {{ border-bottom: 2px solid var(--soft); }}
+.legend {{ display: flex; gap: 1px; margin: 0 0 .4rem; font: .8rem/1.8 system-ui, sans-serif; }}
+.legend span {{ padding: 0 .7em; }}
+</style>
+<h1>How deep each token went</h1>
+<p>{title}</p>
+<div class="legend" aria-label="blocks run">{legend}</div>
+<p>blocks run, of {n_layers}; the others were skipped. Hover for the token, its depth and its probability.</p>
+{samples}
+</html>
+"""
+
+
+def html_page(samples: list[tuple[list[tuple[str, Token]], int]], n_layers: int, title: str) -> str:
+    """A self-contained page: each sample's text shaded by depth; samples are (pieces, prompt tokens)."""
+    from html import escape
+
+    def span(piece, token, prompt):
+        f, p = token.depth / n_layers, "" if token.p is None else f", p = {token.p:.3f}"
+        label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
+        return (f'<span{" class=prompt" if prompt else ""} style="background:rgb{shade(f)};color:{ink(f)}" '
+                f'title="{label}">{escape(piece)}</span>')
+
+    legend = "".join(f'<span style="background:rgb{shade(d / n_layers)};color:{ink(d / n_layers)}">{d}</span>'
+                     for d in range(0, n_layers + 1, 2))
+    body = []
+    for text, prompt_tokens in samples:
+        body.append("<pre>" + "".join(span(s, t, i < prompt_tokens) for i, (s, t) in enumerate(text)) + "</pre>")
+    return PAGE.format(title=escape(title), legend=legend, n_layers=n_layers, samples="\n".join(body))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1083,10 +1403,10 @@ def fetch_repo(repo: str) -> Path:
                         f"({str(e).strip().splitlines()[0][:160]})")
 
 
-def checkpoint_settings(settings: dict, explicit: dict, source: str) -> dict:
-    """The Config fields that a checkpoint fixes. UserError where a size flag disagrees with it."""
+def checkpoint_settings(settings: dict, explicit: dict, source: str, also=()) -> dict:
+    """The Config fields that a checkpoint fixes (and `also` others). UserError where a size flag disagrees."""
     fixed = {k: settings[k] for k in MODEL_FIELDS if settings.get(k) is not None}
-    fixed |= {k: settings[k] for k in ("encoding",) if settings.get(k)}
+    fixed |= {k: settings[k] for k in ("encoding", *also) if settings.get(k) is not None}
     fixed |= {"control": "dense"} if settings.get("control") == "dense" else {}
     if missing := [k for k in ("dim", "n_layers", "n_heads", "vocab_size") if k not in fixed]:
         raise UserError(f"checkpoint {source}: its config.json does not say {', '.join(missing)}")
@@ -1147,8 +1467,7 @@ class Trainer:
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
-        cfg.encoding = cfg.encoding or self.shards["train"].dataset().get(
-            "encoding", "bytes" if cfg.vocab_size == 257 else "gpt2")
+        cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", encoding_name(cfg))
         self.model = build_model(cfg, rt, weights, cfg.init_from or "")
         self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.first_step, self.stop = self.model, 0.0, 0, 0
@@ -1161,7 +1480,7 @@ class Trainer:
         """Compile before the clock starts: a training micro-batch and a validation one. Seconds."""
         start, (x, y) = time.perf_counter(), (t.to(self.rt.device) for t in self.loader.pending.result())
         with self.rt.autocast():
-            ce, stats = self.model(x, y)
+            ce, stats, _ = self.model(x, y)
             with torch.no_grad():
                 self.model(x, y)
         (ce + self.control.loss(moments(stats, x.numel()))).backward()
@@ -1172,7 +1491,7 @@ class Trainer:
     def micro_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one micro-batch: (loss, cross-entropy, gate statistics)."""
         with self.rt.autocast():
-            ce, stats = self.parallel(x, y)
+            ce, stats, _ = self.parallel(x, y)
         loss = ce + self.control.loss(moments(stats, x.numel()))
         (loss / self.loader.accumulation).backward()
         return loss.detach(), ce.detach(), stats.detach()
@@ -1456,6 +1775,17 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if command != "train":
         parser.add_argument("--checkpoint", required=True, help="record, checkpoint file or folder, or hub repo")
+    for name, (kind, text) in OPTIONS.get(command, {}).items():
+        if kind is False:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            default = None if isinstance(kind, type) else kind
+            parser.add_argument(f"--{name}", type=kind if default is None else type(kind), default=default, help=text)
+    args = add_config_flags(parser).parse_args(argv)
+    return command, args, explicit_settings(args)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for f in dataclasses.fields(Config):
         kind = f.type.split(" | ")[0]
         common = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})")
@@ -1464,9 +1794,12 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
         else:
             parser.add_argument(f"--{f.name}", type={"int": int, "float": float, "str": str}[kind],
                                 choices=f.metadata["choices"], **common)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def explicit_settings(args: argparse.Namespace) -> dict:
     names = {f.name for f in dataclasses.fields(Config)}
-    return command, args, {k: v for k, v in vars(args).items() if k in names}
+    return {k: v for k, v in vars(args).items() if k in names}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1476,7 +1809,18 @@ class Parser(argparse.ArgumentParser):
 
 COMMANDS = {
     "train": "Train a model and write a record (the default command).",
-    "eval": "Validation loss, sparsity, FLOPs and throughput of a checkpoint.",
+    "eval": "Validation loss, sparsity, FLOPs and throughput of a checkpoint, and which tokens skip.",
+    "sample": "Continue a prompt, and show how deep each token went.",
+}
+OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
+    "eval": {"depth": (str, "write the depth of tokens, by token and by position, to this JSON file")},
+    "sample": {
+        "prompt": (str, "text to continue (default: the start of a document)"),
+        "max_new_tokens": (200, "tokens to add to each sample"), "num_samples": (1, "samples, decoded together"),
+        "temperature": (0.8, "0 takes the likeliest token"), "top_k": (int, "draw from the k likeliest tokens"),
+        "top_p": (1.0, "draw from the likeliest tokens that reach this probability together"),
+        "show_depth": (False, "shade each token by the number of blocks it ran"),
+        "html": (str, "write the shaded text as a page to this file")},
 }
 
 
@@ -1497,9 +1841,8 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
     source = args.checkpoint if command != "train" else explicit.get("init_from", settings.get("init_from"))
     if source and not explicit.get("resume"):
         stored, weights = read_weights(source)
-        settings |= checkpoint_settings(stored, explicit, source)
-    elif source:
-        weights = None
+        also = () if command == "train" else ("val_files", "val_tokens", "device_batch_size", "dtype")
+        settings |= checkpoint_settings(stored, explicit, source, also)
     return Config(**(settings | explicit)), weights
 
 
@@ -1514,10 +1857,12 @@ def recorded_settings(path: Path) -> dict:
     return settings
 
 
-def run_eval(cfg: Config, weights: dict, source: str) -> int:
+def run_eval(cfg: Config, weights: dict, args) -> int:
     rt = Runtime(cfg)
     shards = Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")
-    result = evaluate(build_model(cfg, rt, weights, source), cfg, rt, shards)
+    model, depths = build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
+    result = evaluate(model, cfg, rt, shards, watch=depths.add if cfg.gated else None)
+    tables = depths.tables() if cfg.gated else {}
     if rt.main:
         sparsity = mean(result["gate_zero"])
         print(f"cross_entropy {result['cross_entropy']:.6f} nats a token over {result['tokens']} tokens")
@@ -1525,6 +1870,52 @@ def run_eval(cfg: Config, weights: dict, source: str) -> int:
         print(f"FLOPs a token: {result['flops_per_token']:.4g} realised, "
               f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
         print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
+        for title, rows in tables.items():
+            print(f"mean depth of {cfg.n_layers} blocks, by {title}")
+            shown = rows if len(rows) < 20 else rows[:10] + rows[-10:]
+            print(*(f"  {name:16s} {depth:6.2f}  ({n} tokens)" for name, depth, n in shown), sep="\n")
+        if args.depth:
+            new_file(args.depth, "--depth", json.dumps(tables, indent=1))
+    return 0
+
+
+def new_file(path: str, name: str, text: str):
+    try:
+        with open(path, "x", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as e:
+        raise UserError(f"{name} {path} cannot be written: {e.strerror}; name another file")
+
+
+def run_sample(cfg: Config, weights: dict, args) -> int:
+    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and (args.top_k is None or args.top_k > 0)):
+        raise UserError("sampling needs --temperature of at least 0, --top_p above 0 and at most 1, --top_k above 0")
+    if args.max_new_tokens < 0 or args.num_samples < 1:
+        raise UserError("sampling needs --max_new_tokens of at least 0 and --num_samples of at least 1")
+    rt, encoding = Runtime(cfg), get_encoding(encoding_name(cfg))
+    prompt = [encoding.eot_token] + encoding.encode_ordinary(args.prompt or "")
+    if len(prompt) >= cfg.max_seq_len:
+        raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")
+    if max(prompt) >= cfg.vocab_size:
+        raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} tokens")
+    model = build_model(cfg, rt, weights, args.checkpoint)
+    start = time.perf_counter()
+    with rt.autocast():
+        out, cache_bytes = generate(model, [prompt] * args.num_samples, args.max_new_tokens, args.temperature,
+                                    args.top_k, args.top_p, cfg.seed, encoding.eot_token)
+    seconds, new = time.perf_counter() - start, sum(len(row) - len(prompt) for row in out)
+    samples = [(pieces(row[1:], encoding), len(pieces(row[1:len(prompt)], encoding))) for row in out]
+    for text, _ in samples:
+        print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(s for s, _ in text))
+    if args.show_depth:
+        print("blocks run: " + " ".join(terminal_text([(f" {d} ", Token(0, d, 1.0))], cfg.n_layers)
+                                        for d in range(0, cfg.n_layers + 1, 2)))
+    depth = mean([t.depth for row in out for t in row])
+    note = f"{new} new tokens, {new / seconds:.0f} tokens/s, {depth:.1f} of {cfg.n_layers} blocks a token, " \
+           f"cache {cache_bytes:,} bytes"
+    print(note, file=sys.stderr)
+    if args.html:
+        new_file(args.html, "--html", html_page(samples, cfg.n_layers, f"{Path(args.checkpoint).name}: {note}"))
     return 0
 
 
@@ -1532,7 +1923,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command, args, explicit = parse(sys.argv[1:] if argv is None else argv)
         cfg, weights = resolve(command, args, explicit)
-        return train(cfg, weights) if command == "train" else run_eval(cfg, weights, args.checkpoint)
+        if command == "train":
+            return train(cfg, weights)
+        return {"eval": run_eval, "sample": run_sample}[command](cfg, weights, args)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt_skip.py: error: {e}", file=sys.stderr)

@@ -15,18 +15,20 @@ import contextlib
 import functools
 import hashlib
 import json
+import marshal
 import math
 import os
+import queue
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -78,22 +80,11 @@ def token_lengths(encoding):
 # --- Documents ----------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
-    data: bytes  # UTF-8
-    draw: float  # of its document
-    begins: bool  # its document
-
-
-class JsonLine(NamedTuple):
-    data: bytes
-    where: str
-
-
 def pieces_of(blocks):
-    """Yield the pieces of a document that is given as blocks of text, to be iterated twice."""
+    """Yield (UTF-8, draw, does it begin the document) of each piece; `blocks` of text are iterated twice."""
     draw = draw_of(blocks)
     for index, text in enumerate(cut(blocks)):
-        yield Piece(utf8(text), draw, begins=index == 0)
+        yield utf8(text), draw, index == 0
 
 
 def draw_of(blocks):
@@ -130,7 +121,10 @@ def cut(blocks):
 
 
 def read_file(path, skipped):
-    """Yield what encode_chunk takes; a file with NUL bytes is not text and is added to `skipped`."""
+    """Yield items: a document's pieces, or (line, where) of JSON, which a worker then parses, for speed.
+
+    A file with NUL bytes is not text and is added to `skipped`.
+    """
     if path.suffix.lower() == ".jsonl":
         yield from read_jsonl(path)
     elif path.suffix.lower() == ".parquet":
@@ -162,7 +156,7 @@ def read_jsonl(path):
     with open(path, "rb", buffering=1 << 20) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                yield JsonLine(line, f"{path}:{number}")  # parsed by a worker, for speed
+                yield line, f"{path}:{number}"
 
 
 def read_parquet(path):
@@ -174,7 +168,7 @@ def read_parquet(path):
         with parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 raise InputError(f"{path}: no column `text`, but {', '.join(file.schema_arrow.names)}")
-            groups = range(file.num_row_groups)  # one by one: pyarrow would keep those that are done in memory
+            groups = range(file.num_row_groups)  # one by one, or pyarrow keeps all of them in memory
             batches = (batch for group in groups for batch in file.iter_batches(256, [group], ["text"]))
             rows = (row for batch in batches for row in batch.column(0).to_pylist())
             for number, text in enumerate(rows, 1):
@@ -183,13 +177,12 @@ def read_parquet(path):
         raise InputError(f"{path}: {error}") from None
 
 
-def parse(line):
-    """The text of a JsonLine."""
+def parse(line, where):
     try:
-        content = json.loads(line.data)
+        content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{line.where}: not JSON ({error})") from None
-    return checked(content.get("text") if isinstance(content, dict) else None, line.where)
+        raise InputError(f"{where}: not JSON ({error})") from None
+    return checked(content.get("text") if isinstance(content, dict) else None, where)
 
 
 def checked(text, where):
@@ -230,8 +223,8 @@ def chunks(items, bar):
     chunk, room = [], CHUNK_BYTES
     for item in items:
         chunk.append(item)
-        room -= len(item.data)
-        bar.update(len(item.data))
+        room -= len(item[0])
+        bar.update(len(item[0]))
         if room <= 0 or len(chunk) == CHUNK_ITEMS:
             yield chunk
             chunk, room = [], CHUNK_BYTES
@@ -240,29 +233,81 @@ def chunks(items, bar):
 
 
 def encode_chunk(name, chunk):
-    """tokens: (n,) uint16; and of each piece in the chunk its number of tokens and its draw."""
-    encoding = get_encoding(name)
-    begin = np.array([encoding.eot_token], np.uint16)
-    pieces = [piece for item in chunk for piece in as_pieces(item)]
-    tokens = [np.append(begin[: piece.begins], encode_text(encoding, piece.data)) for piece in pieces]
-    counts, draws = [part.size for part in tokens], [piece.draw for piece in pieces]
-    return np.concatenate(tokens, dtype="<u2", casting="unsafe"), counts, draws
+    """uint16 tokens, as bytes; and of each piece in the chunk its number of tokens and its draw."""
+    encoding, tokens, counts, draws = get_encoding(name), [], [], []
+    end_of_text = np.array([encoding.eot_token], np.uint16)
+    for item in chunk:
+        for data, draw, begins in [item] if len(item) == 3 else pieces_of([parse(*item)]):
+            tokens += [end_of_text[:begins], encode_text(encoding, data)]
+            counts.append(begins + tokens[-1].size)
+            draws.append(draw)
+    return np.concatenate(tokens, dtype="<u2", casting="unsafe").tobytes(), counts, draws
 
 
-def as_pieces(item):
-    return [item] if isinstance(item, Piece) else pieces_of([parse(item)])
+def serve(name):
+    """A worker process: answers the chunks on its standard input until that ends, with its parent."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            chunk = marshal.load(sys.stdin.buffer)
+            try:
+                answer = encode_chunk(name, chunk)
+            except InputError as error:
+                answer = str(error)
+            marshal.dump(answer, sys.stdout.buffer)
+            sys.stdout.flush()
 
 
-def in_order(function, items, workers):
-    """Yield function(item) of each item, in order, from processes; few are in flight: memory stays flat."""
-    if workers == 1:
-        yield from map(function, items)
+def ask(worker, chunk):
+    """What encode_chunk gives, from a worker process."""
+    try:
+        marshal.dump(chunk, worker.stdin)
+        worker.stdin.flush()
+        answer = marshal.load(worker.stdout)
+    except (EOFError, BrokenPipeError):
+        raise InputError("a worker died, out of memory perhaps: try fewer --workers") from None
+    if isinstance(answer, str):
+        raise InputError(answer)
+    return answer
+
+
+@contextlib.contextmanager
+def workers(name, count):
+    """Start worker processes; give a function that has an idle one encode a chunk, to be called in threads.
+
+    Over plain pipes, because ProcessPoolExecutor was seen to hang when a worker was killed, and to leave its
+    workers behind when it was killed itself. In sessions of their own, workers do not hear Ctrl-C.
+    """
+    command, pipe = [sys.executable, __file__, "--serve", name], subprocess.PIPE
+    start = functools.partial(subprocess.Popen, command, stdin=pipe, stdout=pipe, start_new_session=True)
+    processes, idle = [start() for _ in range(count)], queue.SimpleQueue()
+
+    def encode(chunk):
+        worker = idle.get()
+        try:
+            return ask(worker, chunk)
+        finally:
+            idle.put(worker)
+
+    try:
+        for worker in processes:
+            idle.put(worker)
+        yield encode
+    finally:
+        for worker in processes:
+            worker.kill()
+            worker.communicate()  # closes its pipes
+
+
+def encode_in_order(name, work, count):
+    """Yield encode_chunk(name, chunk) of each chunk, in order; few are in flight, so memory stays flat."""
+    if count == 1:
+        yield from map(functools.partial(encode_chunk, name), work)
         return
-    pending, deaf = deque(), (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=deaf) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
+    pending = deque()
+    with ThreadPoolExecutor(count) as pool, workers(name, count) as encode:
+        for chunk in work:
+            pending.append(pool.submit(encode, chunk))
+            if len(pending) > 2 * count:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -369,7 +414,7 @@ def build(args):
     """Write the dataset that the command line asks for; return what `dataset.json` says."""
     args.files, args.skipped = list(input_files(args.paths, args.stdlib)), set()
     refuse_existing(args.out, args.name)
-    get_encoding(args.encoding)  # before any work; forked workers inherit it
+    get_encoding(args.encoding)  # or say why not, before any work
     with scratch(args.out) as folder:
         writers, *draws = write_shards(args, args.val_fraction, folder)
         fraction = usable_fraction(args.val_fraction, *draws)
@@ -377,7 +422,7 @@ def build(args):
             writers, *_ = write_shards(args, fraction, folder)
         dataset = describe(args, fraction, writers)
         with open(folder / "dataset.json", "w") as file:
-            json.dump(dataset, file, indent=2)
+            file.write(json.dumps(dataset, indent=2) + "\n")
             sync(file)
         refuse_existing(args.out, args.name)  # from another run, meanwhile
         publish(folder, args.out, [*dataset["shards"], "dataset.json"])
@@ -410,20 +455,19 @@ def encoded(args):
     items = (item for path in args.files for item in read_file(path, args.skipped))
     size = sum(path.stat().st_size for path in args.files)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
-        function = functools.partial(encode_chunk, args.encoding)
-        for tokens, counts, draws in in_order(function, chunks(items, bar), args.workers):
-            yield tokens, np.repeat(draws, counts)
+        for tokens, counts, draws in encode_in_order(args.encoding, chunks(items, bar), args.workers):
+            yield np.frombuffer(tokens, "<u2"), np.repeat(draws, counts)
 
 
 def usable_fraction(fraction, lowest, highest):
     """`fraction`, moved just so far that neither split is empty, given the extreme draws."""
     if lowest > highest:
-        raise InputError("no documents found in the input")
+        raise InputError("no documents found (files with NUL bytes are skipped)")
     if fraction == 0:
         return fraction
     if lowest == highest:
         raise InputError(
-            "one document only, which leaves none for validation: "
+            "only one distinct document, which leaves none for validation: "
             "split it into several files, or give --val_fraction 0"
         )
     return min(max(fraction, math.nextafter(lowest, 1)), highest)
@@ -513,12 +557,13 @@ def main(argv=None):
         parser.error(str(error))
     except OSError as error:
         parser.error(f"{error.filename or args.out}: {error.strerror or error}")
-    except BrokenProcessPool:
-        parser.error("a worker process died, out of memory perhaps: try fewer --workers")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted, nothing was written\n")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # killed: clean up as when interrupted
-    main()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2])
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # killed: clean up as when interrupted
+        main()

@@ -1,0 +1,298 @@
+"""Time this machine: a training step, a prefill and decoding, plain, dense and gated at several sparsities.
+
+    python records/bench.py                      # the CPU's size: 12 blocks, d 384; Table 2's on a GPU
+    python records/bench.py --dtype bfloat16
+    python records/bench.py --modes train --rounds 9 --dim 768
+
+Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed drifts.
+`eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T, T) mask, float32
+softmax by hand, full logits. `gated` skips a given share of the tokens at the first router, so sparsity is exact.
+MFU is the share of the machine's own matrix-product rate, measured first on the products of a training step. Speed-up
+is against `dense`; efficiency is the measured speed-up over the FLOPs' own. Writes records_dir/..._bench/bench.json.
+"""
+import argparse
+import ctypes
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt_skip as tgs  # noqa: E402
+
+CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4, batch_size=4)
+SPARSITIES = (0.0, 0.25, 0.5, 0.75)
+DECODE_STEPS = 16
+
+
+# ---- the variants -----------------------------------------------------------------------------------------
+
+class ForcedRouter(torch.nn.Module):
+    """The first router, at its full cost, with an answer that is given: skip[i] of the i-th token."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.router, self.skip = router, None
+
+    def forward(self, h):
+        s = self.router(h)
+        return s + F.pad(2.0 * self.skip, (0, len(s) - len(self.skip)))
+
+
+def eager_forward(model, inputs, targets):
+    """The gated model as plain PyTorch computes it: every token, all pairs, in rectangles."""
+    cfg, (B, T) = model.cfg, inputs.shape
+    mask = torch.full((B, 1, T, T), float("-inf"), device=inputs.device).triu(1)
+    h = model.input_norm(model.tok_embeddings(inputs))
+    for block in model.layers:
+        h = h + block.post_attention_norm(eager_attention(block.attention, block.pre_attention_norm(h), mask, model))
+        h = h + block.post_feed_forward_norm(block.feed_forward(block.pre_feed_forward_norm(h)))
+    logits = model.output(model.output_norm(h)).float()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) if targets is not None else logits
+
+
+def eager_attention(attention, x, mask, model):
+    (B, T, d), D = x.shape, attention.head_dim
+    angles = torch.complex(model.cos[:T], model.sin[:T])[:, None]
+
+    def rotate(t):
+        pairs = torch.view_as_complex(t.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * angles).flatten(3).to(t.dtype)
+
+    q = rotate(attention.wq(x).view(B, T, -1, D)).transpose(1, 2)
+    k = rotate(attention.wk(x).view(B, T, -1, D)).transpose(1, 2)
+    v = attention.wv(x).view(B, T, -1, D).transpose(1, 2)
+    k, v = (t.repeat_interleave(attention.heads // attention.kv_heads, 1) for t in (k, v))
+    scores = (q @ k.transpose(2, 3)).float() / D**0.5 + mask
+    return attention.wo((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).reshape(B, T, d))
+
+
+class Bench:
+    def __init__(self, cfg, rt):
+        self.cfg, self.rt = cfg, rt
+        self.dense_cfg = dataclasses.replace(cfg, control="dense", mean_coef_init=None, var_coef_init=None, coef_update=None)
+        self.model = tgs.build_model(cfg, rt)
+        for router in self.model.masks:
+            torch.nn.init.zeros_(router.linear.weight)
+        self.forced = self.model.masks[0] = ForcedRouter(self.model.masks[0])
+        self.control = tgs.GateControl(cfg, rt.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        self.generator = torch.Generator().manual_seed(0)
+        shape = (cfg.device_batch_size, cfg.max_seq_len + 1)
+        tokens = torch.randint(cfg.vocab_size, shape, generator=self.generator).to(rt.device)
+        self.x, self.y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def skip(self, sparsity, n):
+        """A random choice of exactly that share of n tokens."""
+        order = torch.randperm(n, generator=self.generator)
+        return (order < round(sparsity * n)).float().to(self.rt.device)
+
+    def use(self, variant, sparsity):
+        self.model.cfg = self.cfg if variant == "gated" else self.dense_cfg
+        self.forced.skip = self.skip(sparsity or 0.0, self.x.numel())
+
+    def train(self, variant, sparsity):
+        """Forward, backward and AdamW: FLOPs of the forward pass."""
+        with self.rt.autocast():
+            if variant == "eager":
+                loss, stats = eager_forward(self.model, self.x, self.y), None
+            else:
+                loss, stats, _ = self.model(self.x, self.y)
+                if variant == "gated":
+                    loss = loss + self.control.loss(tgs.moments(stats, self.x.numel()))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    @torch.no_grad()
+    def prefill(self, variant, sparsity):
+        """A batch of prompts of T tokens into an empty cache, logits of the last token of each."""
+        with self.rt.autocast():
+            if variant == "eager":
+                eager_forward(self.model, self.x, None)
+                return None
+            decoder = tgs.Decoder(self.model, len(self.x))
+            decoder.append(dict(enumerate(self.rows)))
+            return decoder
+
+    @torch.no_grad()
+    def decode(self, decoder, skips):
+        with self.rt.autocast():
+            for skip in skips:
+                self.forced.skip = skip
+                decoder.append({b: [1] for b in range(len(decoder.lengths))})
+
+
+# ---- measuring --------------------------------------------------------------------------------------------
+
+def clock(rt, run):
+    rt.synchronize()
+    start = time.perf_counter()
+    result = run()
+    rt.synchronize()
+    return time.perf_counter() - start, result
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def reset_peak(rt):
+    """Start the peak of the CUDA allocator, or (Linux) of the process's resident memory, anew."""
+    if rt.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def matmul_rate(cfg, rt, rounds):
+    """FLOP/s of the products of a training step alone, on preallocated results."""
+    n, d, m, kv = cfg.device_batch_size * cfg.max_seq_len, cfg.dim, cfg.hidden_dim, cfg.n_kv_heads * cfg.head_dim
+    shapes = {(d, d): 2, (d, kv): 2, (d, m): 2, (m, d): 1}  # of a block
+    shapes = {s: cfg.n_layers * k for s, k in shapes.items()} | {(d, cfg.vocab_size): 1}
+    flops = seconds = 0.0
+    for (a, b), times in shapes.items():
+        x, w, y = (torch.randn(s, device=rt.device, dtype=rt.dtype) for s in ((n, a), (b, a), (n, b)))
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+
+        def products():
+            torch.mm(x, w.t(), out=y)
+            torch.mm(y, w, out=dx)
+            torch.mm(y.t(), x, out=dw)
+
+        clock(rt, products)
+        seconds += times * median([clock(rt, products)[0] for _ in range(rounds)])
+        flops += times * 6 * n * a * b
+    return flops / seconds
+
+
+def measure_batches(bench, mode, rounds, report):
+    """Rows of training steps or prefills: eager, dense, and gated at every sparsity, in turn."""
+    cfg, rt = bench.cfg, bench.rt
+    bench.rows = bench.x.tolist()
+    variants = [("eager", None), ("dense", None)] + [("gated", s) for s in SPARSITIES]
+    seconds, flops, peak = {v: [] for v in variants}, {}, {}
+    n, heads = bench.x.numel(), len(bench.x) if mode == "prefill" else None
+    for i in range(rounds + 1):
+        for v in variants:
+            bench.use(*v)
+            reset_peak(rt)
+            t, result = clock(rt, lambda: getattr(bench, mode)(*v))
+            if i == 0:
+                rows = n * (1 - (v[1] or 0.0))
+                stats = result if mode == "train" and result is not None else None
+                flops[v] = (stats, rows)
+                peak[v] = 0
+                with torch.no_grad(), rt.autocast():
+                    _, stats, _ = bench.model(bench.x, bench.y)
+                flops[v] = tgs.realised_flops(bench.model.cfg, stats, n, heads)
+            else:
+                seconds[v].append(t)
+                peak[v] = max(peak[v], rt.peak_memory())
+    scale = 3 if mode == "train" else 1
+    for v in variants:
+        report.row(mode, *v, cfg.device_batch_size, n, median(seconds[v]), scale * flops[v] / n, peak[v])
+
+
+def measure_decoding(bench, batch, rounds, report):
+    """Rows of decoding after a context of T / 2 tokens: seconds of a step, one token a sequence."""
+    cfg, rt = bench.cfg, bench.rt
+    context = cfg.max_seq_len // 2
+    variants = [("dense", None)] + [("gated", s) for s in SPARSITIES]
+    seconds, flops, peak = {v: [] for v in variants}, {}, {}
+    for i in range(rounds + 1):
+        for v in variants:
+            bench.use(*v)
+            decoder = tgs.Decoder(bench.model, batch)
+            bench.forced.skip = bench.skip(v[1] or 0.0, batch * context)
+            with rt.autocast():
+                decoder.append({b: [1] * context for b in range(batch)})
+            skips = list(bench.skip(v[1] or 0.0, batch * DECODE_STEPS).view(DECODE_STEPS, batch))
+            held = decoder.bytes()
+            reset_peak(rt)
+            t, _ = clock(rt, lambda: bench.decode(decoder, skips))
+            keys = sum(int(c.counts.sum()) for c in decoder.cache) / cfg.n_layers / batch  # of a row, at the end
+            active = 1 - (v[1] or 0.0)
+            stats = [[1, 1, active, active * (keys - active * DECODE_STEPS / 2)]] * cfg.n_levels
+            flops[v] = tgs.realised_flops(bench.model.cfg, stats, 1)
+            seconds[v] += [t / DECODE_STEPS] if i else []
+            peak[v] = held
+    for v in variants:
+        report.row("decode", *v, batch, batch, median(seconds[v]), flops[v], peak[v])
+
+
+class Report:
+    COLUMNS = ("mode", "variant", "sparsity", "batch", "seconds", "tokens_per_s", "flops_per_token", "speedup",
+               "flops_speedup", "efficiency", "mfu", "peak_bytes")
+
+    def __init__(self, rate):
+        self.rate, self.rows = rate, []
+
+    def row(self, mode, variant, sparsity, batch, tokens, seconds, flops, peak):
+        self.rows.append(dict(mode=mode, variant=variant, sparsity=sparsity, batch=batch, seconds=seconds,
+                              tokens_per_s=tokens / seconds, flops_per_token=flops, mfu=tokens * flops / seconds / self.rate,
+                              peak_bytes=peak))
+
+    def compare(self):
+        for row in self.rows:
+            dense = next(r for r in self.rows if (r["mode"], r["batch"], r["variant"]) == (row["mode"], row["batch"], "dense"))
+            row["speedup"] = dense["seconds"] / row["seconds"]
+            row["flops_speedup"] = dense["flops_per_token"] / row["flops_per_token"]
+            row["efficiency"] = row["speedup"] / row["flops_speedup"]
+
+    def text(self):
+        lines = [f"{'mode':8s}{'variant':9s}{'sparsity':>9s}{'batch':>7s}{'ms':>10s}{'tokens/s':>11s}{'speed-up':>10s}"
+                 f"{'of FLOPs':>10s}{'efficiency':>12s}{'MFU':>7s}{'MiB':>8s}"]
+        for r in self.rows:
+            sparsity = "" if r["sparsity"] is None else f"{r['sparsity']:.2f}"
+            lines.append(f"{r['mode']:8s}{r['variant']:9s}{sparsity:>9s}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
+                         f"{r['tokens_per_s']:11.0f}{r['speedup']:10.2f}{r['flops_speedup']:10.2f}{r['efficiency']:12.2f}"
+                         f"{r['mfu']:7.2f}{r['peak_bytes'] / 2**20:8.0f}")
+        return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = tgs.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                        allow_abbrev=False)
+    parser.add_argument("--modes", nargs="+", choices=("train", "prefill", "decode"), default=["train", "prefill", "decode"])
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
+    parser.add_argument("--decode_batches", type=int, nargs="+", default=None, help="(default: 1 128, on a GPU 1 64)")
+    try:
+        args = tgs.add_config_flags(parser).parse_args(argv)
+        explicit = tgs.explicit_settings(args)
+        cuda = torch.cuda.is_available() and explicit.get("device") != "cpu"
+        size = dict(batch_size=32) if cuda else CPU_SIZE
+        size["batch_size"] = explicit.get("device_batch_size", size["batch_size"])
+        cfg = tgs.Config(**(size | dict(name="bench") | explicit))
+        rt = tgs.Runtime(cfg)
+        rate = matmul_rate(cfg, rt, 3 * args.rounds)
+        print(f"matrix products alone: {rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}", flush=True)
+        bench, report = Bench(cfg, rt), Report(rate)
+        for mode in args.modes:
+            if mode == "decode":
+                for batch in args.decode_batches or ((1, 64) if cuda else (1, 128)):
+                    measure_decoding(bench, batch, args.rounds, report)
+            else:
+                measure_batches(bench, mode, args.rounds, report)
+        report.compare()
+        print(report.text())
+        folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
+    except tgs.UserError as e:
+        print(f"bench.py: error: {e}", file=sys.stderr)
+        return 2
+    env = tgs.environment(rt, {})
+    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
+               "matmul_flops_per_s": rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env}
+    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"record: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
