@@ -169,8 +169,8 @@ PRESETS = {
     "demo": dict(
         dim=128, n_layers=8, n_heads=4, vocab_size=257, max_seq_len=256, encoding="bytes",
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=65536,
-        batch_size=16, device_batch_size=16, lr=3e-3, num_steps=400, val_every=50, save_every=200,
-        mean_target_end=0.25, coef_update=0.02, dtype="float32"),
+        batch_size=8, device_batch_size=8, lr=2e-3, num_steps=600, val_every=100, save_every=200,
+        mean_target_end=0.25, coef_update=0.03, dtype="float32"),
 }
 
 
