@@ -317,6 +317,198 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
     torch.testing.assert_close(rows[seen], flex[seen], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kw", [dict(closing=0.3), dict(closing=1.5, n_kv_heads=1), dict(closing=0.3, compute="masked"),
+                                dict(control="dense")], ids=str)
+def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
+    """The whole forward pass as on CUDA: rows padded to blocks, block masks, FlexAttention; also prompts and decoding."""
+    model, cfg = random_model(9, **kw)
+    inputs, targets = random_tokens(cfg, 3, 7)
+    with torch.no_grad():
+        want, stats, depth = model(inputs, targets)
+        logits, cached, _ = decoded(model, [[1, 2, 3], [4, 5]], 3)
+        monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
+        loss, flex_stats, flex_depth = model(inputs, targets)
+        flex_logits, flex_cached, _ = decoded(model, [[1, 2, 3], [4, 5]], 3)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flex_stats, stats, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flex_logits, logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(depth, flex_depth) and cached == flex_cached
+
+
+@pytest.mark.parametrize("padded_to", [11, 128])
+def test_the_head_in_chunks_is_cross_entropy_and_padding_columns_do_not_show(padded_to):
+    generator = torch.Generator().manual_seed(0)
+    h, w = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (30, 11))
+    targets = torch.randint(11, (30,), generator=generator)
+
+    def in_chunks(logits, t, V, n):
+        return tgs.chunk_loss(torch.nn.functional.pad(logits, (0, padded_to - 11), value=7.0), t, V, n)[0], \
+            tgs.chunk_loss(torch.nn.functional.pad(logits, (0, padded_to - 11), value=7.0), t, V, n)[1][:, :11]
+
+    loss = tgs.HeadLoss.apply(h, w, targets, torch.float32, in_chunks, True)
+    got = torch.autograd.grad(2 * loss, (h, w))
+    want_loss = torch.nn.functional.cross_entropy(h @ w.T, targets)
+    torch.testing.assert_close(loss, want_loss)
+    for a, b in zip(got, torch.autograd.grad(2 * want_loss, (h, w))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_recompiles_as_the_number_of_active_tokens_changes(monkeypatch):
+    from torch._dynamo.utils import counters
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="aot_eager", **kw))
+    model, cfg = random_model(10, n_layers=8, max_seq_len=32)
+    model.compile()
+    after_warm_up = None
+    for closing in (0.2, 0.3, 0.1, 0.5, 0.8, 0.05):
+        for router in model.masks:
+            torch.nn.init.constant_(router.linear.bias, closing)
+        inputs, targets = random_tokens(cfg, 4, 32)
+        ce, stats, _ = model(inputs, targets)
+        (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
+        with torch.no_grad():
+            model(inputs, targets)
+        after_warm_up = after_warm_up or counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == after_warm_up
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@cuda
+@pytest.mark.parametrize("kw", [dict(), dict(n_kv_heads=2), dict(compute="masked"), dict(control="dense")], ids=str)
+def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw):
+    size = dict(dim=256, n_heads=4, n_layers=4, vocab_size=300, max_seq_len=256, closing=0.3)
+    model, cfg = random_model(11, **size | kw)
+    inputs, targets = random_tokens(cfg, 4, 256)
+    results = []
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        if device == "cuda":
+            torch.set_float32_matmul_precision("highest")
+            model.compile()
+        ce, stats, _ = model(inputs.to(device), targets.to(device))
+        (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
+        results.append([ce.cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a / (a.abs().max() + 1e-6), b / (a.abs().max() + 1e-6), rtol=1e-2, atol=5e-3)
+
+
+@cuda
+def test_gpu_bfloat16_training_compiles_once_and_resumes(tmp_path, corpus):
+    kw = dict(device="cuda", dtype="bfloat16", dim=128, max_seq_len=64, batch_size=8, device_batch_size=4, num_steps=8,
+              save_every=4, coef_update=0.5, mean_target_end=0.2)
+    assert tgs.main(flags(corpus, tmp_path, **kw)) == 0
+    record = only_record(tmp_path)
+    assert json.loads((record / "summary.json").read_text())["recompiles_after_warm_up"] == 0
+    last = events(record)[-1]["cross_entropy"]
+    (record / "checkpoint_8.pt").unlink()
+    assert tgs.main(["--resume", str(record)]) == 0
+    assert events(record)[-1]["cross_entropy"] == pytest.approx(last, abs=2e-3)
+
+
+@cuda
+def test_gpu_decoding_gives_the_full_forward_pass():
+    model, cfg = random_model(12, dim=64, n_heads=2, n_layers=4, closing=0.3, max_seq_len=32)
+    model.to("cuda")
+    check_decoding(model, [[1, 2, 3], [4], [5, 6]], 10)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Decoding and sampling
+
+def decoded(model, prompts, steps):
+    """Greedy decoding with the cache: final logits, sequences with depths, and the decoder."""
+    decoder, rows, depths = tgs.Decoder(model, len(prompts)), [list(p) for p in prompts], [[] for _ in prompts]
+    new = dict(enumerate(prompts))
+    for _ in range(steps):
+        logits, depth = decoder.append(new)
+        for b, d in enumerate(depth.split([len(t) for t in new.values()])):
+            depths[b] += d.tolist()
+        new = {b: [t] for b, t in enumerate(logits.argmax(-1).tolist())}
+        for b, t in new.items():
+            rows[b] += t
+    return logits, (rows, depths), decoder
+
+
+def check_decoding(model, prompts, steps):
+    """Every token, depth and the last logits are those of the full forward pass over each sequence by itself."""
+    logits, (rows, depths), decoder = decoded(model, prompts, steps)
+    for b, row in enumerate(rows):
+        full, depth = model_logits(model, torch.tensor([row[:-1]]).to(logits.device))
+        torch.testing.assert_close(full[0, -1], logits[b], rtol=1e-3, atol=1e-4)
+        greedy = full[0].argmax(-1).tolist()
+        assert row[len(prompts[b]):] == greedy[len(prompts[b]) - 1:] and depth[0].tolist() == depths[b]
+    return decoder, depths
+
+
+@few
+@given(seed=st.integers(0, 99), closing=st.floats(0, 2), n_layers=st.sampled_from([2, 4, 6]),
+       kv_heads=st.sampled_from([1, 2]), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), steps=st.integers(1, 5))
+def test_greedy_decoding_with_the_cache_is_the_full_forward_pass(seed, closing, n_layers, kv_heads, lengths, steps):
+    model, cfg = random_model(seed, closing, n_layers=n_layers, n_kv_heads=kv_heads, max_seq_len=16)
+    prompts = [random_tokens(cfg, 1, n, seed + i)[0][0].tolist() for i, n in enumerate(lengths)]
+    with torch.no_grad():
+        decoder, depths = check_decoding(model, prompts, steps)
+    per_token = 2 * kv_heads * cfg.head_dim * 4 + 4  # keys, values, ln g
+    assert decoder.bytes() == per_token * sum(map(sum, depths))
+
+
+def test_sampling_is_repeatable_by_seed_and_greedy_at_temperature_zero():
+    model, cfg = random_model(13, closing=0.2, max_seq_len=64)
+    one, two, other = (tgs.generate(model, [[1, 2]] * 3, 20, seed=s)[0] for s in (5, 5, 6))
+    assert one == two != other and [len(row) for row in one] == [22] * 3
+    greedy = tgs.generate(model, [[1, 2]], 5, temperature=0)[0][0]
+    assert [t.id for t in greedy] == decoded(model, [[1, 2]], 5)[1][0][0]
+    assert [t.id for t in tgs.generate(model, [[1, 2]], 5, temperature=3.0, top_k=1)[0][0]] == [t.id for t in greedy]
+    assert [t.id for t in tgs.generate(model, [[1, 2]], 5, temperature=1.0, top_p=1e-6)[0][0]] == [t.id for t in greedy]
+
+
+def test_a_sample_ends_at_the_end_of_document_or_the_models_length():
+    model, cfg = random_model(14, max_seq_len=16)
+    row = tgs.generate(model, [[1, 2]], 99, temperature=0)[0][0]
+    assert len(row) == 16
+    stop = row[4].id
+    assert [t.id for t in tgs.generate(model, [[1, 2]], 99, temperature=0, stop=stop)[0][0]][-1] == stop
+
+
+def test_top_k_and_top_p_draw_from_the_likeliest_tokens():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(400, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(tgs.choose(logits, 1.0, 2, 1.0, generator).tolist()) == {0, 1}
+    assert set(tgs.choose(logits, 1.0, None, 0.9, generator).tolist()) == {0, 1, 2}
+    assert set(tgs.choose(logits, 1.0, None, 1.0, generator).tolist()) == {0, 1, 2, 3}
+
+
+def test_pieces_join_the_bytes_of_a_character_and_lose_nothing():
+    encoding = tgs.get_encoding("bytes")
+    assert encoding.encode_ordinary("aé😀") == list("aé😀".encode()) and encoding.eot_token == 256
+    tokens = [tgs.Token(t, 2, 0.5) for t in encoding.encode_ordinary("aé😀\n")]
+    assert [text for text, _ in tgs.pieces(tokens, encoding)] == ["a", "é", "😀", "\n"]
+    broken = [tgs.Token(t, 2, 0.5) for t in (0xC3, 0x41, 0xFF, 0x42, 0xE2)]
+    assert "".join(text for text, _ in tgs.pieces(broken, encoding)).count("\ufffd") >= 3
+
+
+def test_the_page_of_a_sample_says_token_depth_and_probability_and_needs_no_other_file():
+    text = [("<a>", tgs.Token(1, 0, None)), ("b", tgs.Token(2, 4, 0.25))]
+    page = tgs.html_page([(text, 1)], 4, "title & more")
+    assert "&lt;a&gt;" in page and "4 of 4 blocks, p = 0.250" in page and "title &amp; more" in page
+    assert "http" not in page and "prefers-color-scheme" in page
+
+
+def test_depth_is_tabled_by_token_and_by_position_in_word_and_document():
+    cfg = Config(**TINY | dict(vocab_size=257))
+    table = tgs.DepthTable(cfg, Rank(0, 1))
+    inputs = torch.tensor([[256, *b"ab c"], [*b"d\nee "]])
+    table.add(inputs, torch.tensor([[4, 2, 4, 0, 2], [2, 4, 4, 2, 0]]))
+    tables = table.tables(at_least=1)
+    assert dict((name, (depth, n)) for name, depth, n in tables["token"])["'e'"] == (3.0, 2)
+    # a word's first token follows white space or the end of text, or is one of them: only b and the second e do not
+    assert tables["position in the word"] == [("0", 18 / 8, 8), ("1", 6 / 2, 2)]
+    assert sum(n for _, _, n in tables["position in the document"]) == 10
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Control (Table 1)
 
@@ -416,6 +608,7 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 class Rank:
     def __init__(self, rank, world):
         self.rank, self.world, self.device, self.main = rank, world, torch.device("cpu"), rank == 0
+        self.sum = lambda x: x
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -595,6 +788,61 @@ def test_training_learns_and_reaches_the_targets_of_the_gates(tmp_path, corpus):
     first, last = events(only_record(tmp_path), "val")
     assert last["cross_entropy"] < 0.5 * first["cross_entropy"]
     assert last["gate_zero"][1] > 0.3 and last["gate_mean"][1] == pytest.approx(0.4, abs=0.2)
+
+
+def test_a_checkpoint_goes_out_and_comes_back_in_every_layout(tmp_path, capsys):
+    """Hub folder, the authors' folder, a hub's names with the prefix `model.`, bfloat16; dense ones too."""
+    from safetensors.torch import save_file
+    for kw in (dict(closing=0.3), dict(control="dense"), dict(closing=0.3, norm="pre", n_kv_heads=1)):
+        model, cfg = random_model(15, **kw)
+        inputs, _ = random_tokens(cfg)
+        want = model_logits(model, inputs)[0]
+        hub, released, again = (tmp_path / f"{name}{len(list(tmp_path.iterdir()))}" for name in ("hub", "released", "again"))
+        model.save_pretrained(hub)
+        assert tgs.main(["export", "--checkpoint", str(hub), "--to", "released", "--out", str(released)]) == 0
+        extra = [f"--{k}={getattr(cfg, k)}" for k in ("norm", "control")]
+        assert tgs.main(["export", "--checkpoint", str(released), "--out", str(again), *extra]) == 0
+        for folder in (hub, again):
+            other = MiddleSkippingTransformer.from_pretrained(folder)
+            assert torch.equal(model_logits(other, inputs)[0], want)
+        stored = json.loads((released / "config.json").read_text())["model"]
+        assert stored["zero_init_masks"] == (cfg.control == "dense") and stored["dim"] == 16
+        (released / "state_step0.pt").unlink()
+        save_file({"model." + k: v.detach().bfloat16() for k, v in model.state_dict().items()}, released / "model.safetensors")
+        (released / "config.json").write_text(json.dumps(stored | {"architectures": ["SkipMiddleModel"]}))
+        settings, state = tgs.read_weights(str(released))
+        assert settings["dim"] == 16 and "layers.0.attention.wq.weight" in state
+    assert tgs.main(["export", "--checkpoint", str(hub), "--out", str(hub)]) == 2
+    assert "name a new folder" in capsys.readouterr().err
+
+
+def test_a_size_flag_that_disagrees_with_the_checkpoint_is_named(tmp_path, corpus, capsys):
+    model, _ = random_model(16)
+    model.save_pretrained(tmp_path / "hub")
+    assert tgs.main(flags(corpus, tmp_path, init_from=tmp_path / "hub", n_heads=4)) == 2
+    assert "--n_heads 4 disagrees" in capsys.readouterr().err
+
+
+def test_texts_and_hellaswag_are_scored_by_log_probability(tmp_path, capsys):
+    model, cfg = random_model(17, vocab_size=257, closing=0.2, max_seq_len=32)
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "a.txt").write_text("The middle of a text, é.")
+    question = {"ctx": "a b", "endings": ["c", "dd", "eee", "f"], "label": 2, "ind": 1, "split": "val"}
+    (tmp_path / "h.jsonl").write_text((json.dumps(question) + "\n") * 3)
+    def nll(tokens):
+        logits = model_logits(model, torch.tensor([tokens[:-1]]))[0][0]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
+
+    args = ["eval", "--checkpoint", str(tmp_path / "m"), "--text", str(tmp_path / "a.txt"), "--hellaswag", str(tmp_path / "h.jsonl")]
+    assert tgs.main(args) == 0
+    out = capsys.readouterr().out
+    total = nll([256, *"The middle of a text, é.".encode()]).sum().item()
+    assert float(re.search(r"cross_entropy (\S+)", out)[1]) == pytest.approx(total / 25, abs=1e-4)
+    assert float(re.search(r"(\S+) bits a byte", out)[1]) == pytest.approx(total / 25 / math.log(2), abs=1e-3)
+    scores = [nll([256, *b"a b", *(" " + e).encode()])[-1 - len(e):].mean().item() for e in question["endings"]]
+    assert f"acc_norm {float(scores.index(min(scores)) == 2):.4f}" in out and "3 questions" in out
+    (tmp_path / "h.jsonl").write_text("{}\n")
+    assert tgs.main(args) == 2 and "line 1" in capsys.readouterr().err
 
 
 def test_importing_the_script_does_no_work():

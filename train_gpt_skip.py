@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -296,17 +297,22 @@ class Layout(NamedTuple):
 
 def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor]) -> Layout:
     """The layout of n tokens; on CUDA with rows added, of sequence n_seqs, that nobody sees (`padded`)."""
-    n, cuda = len(seq), seq.device.type == "cuda"
+    n, flex = len(seq), uses_flex(seq.device)
     counts = torch.zeros(n_seqs, dtype=torch.int64, device=seq.device)
     counts = counts.index_add_(0, seq, torch.ones_like(seq))  # bincount would wait for the host
     seq, pos = padded(seq, n_seqs), padded(pos, 0)
     return Layout(seq, pos, row, n, counts, rope[0][pos], rope[1][pos],
-                  lengths=None if cuda else counts.tolist(), mask=block_mask(seq) if cuda else None)
+                  lengths=None if flex else counts.tolist(), mask=block_mask(seq) if flex else None)
+
+
+def uses_flex(device: torch.device) -> bool:
+    """FlexAttention has no backward on a CPU."""
+    return device.type == "cuda"
 
 
 def padded(x: Tensor, value) -> Tensor:
-    """x (n,) with n rounded up to what FlexAttention takes without another graph: CUDA's only."""
-    rows = max(2 * ROWS, -(-len(x) // ROWS) * ROWS) if x.device.type == "cuda" else len(x)
+    """x (n,) with n rounded up to what FlexAttention takes without another graph; elsewhere x itself."""
+    rows = max(2 * ROWS, -(-len(x) // ROWS) * ROWS) if uses_flex(x.device) else len(x)
     return x if rows == len(x) else F.pad(x, (0, rows - len(x)), value=value)
 
 
@@ -373,7 +379,8 @@ def attend_flex(q, k, v, ln_g, mask):
 @torch.compiler.disable  # lengths are plain numbers: a graph would be compiled anew for each
 def attend_rows(q, k, v, ln_g, lengths):
     with torch.autocast("cpu", enabled=False):
-        return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, lengths).to(q.dtype)
+        return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, lengths,
+                                       torch.is_grad_enabled()).to(q.dtype)
 
 
 class RowBlockAttention(torch.autograd.Function):
@@ -397,7 +404,7 @@ class RowBlockAttention(torch.autograd.Function):
         return slices, stack
 
     @staticmethod
-    def forward(ctx, q, k, v, ln_g, lengths):
+    def forward(ctx, q, k, v, ln_g, lengths, wanted):
         slices, stack = RowBlockAttention.blocks(q, k.shape[1], lengths)
         group, out, weights = q.shape[1] // k.shape[1], torch.empty_like(q), []
         causal = torch.full((ROWS, ROWS), REMOVED).triu(1)
@@ -406,10 +413,11 @@ class RowBlockAttention(torch.autograd.Function):
             bias = F.pad(causal[:n, :n], (m - n, 0))
             bias = (bias if ln_g is None else bias + ln_g[keys]).expand(group, n, m).reshape(1, group * n, m)
             logits = torch.baddbmm(bias, stack(q[rows]), k[keys].permute(1, 2, 0), alpha=q.shape[2]**-0.5)
-            weights.append(logits.softmax(-1))
-            o = torch.bmm(weights[-1], v[keys].transpose(0, 1))
+            p = logits.softmax(-1)
+            weights += [p] if wanted else []
+            o = torch.bmm(p, v[keys].transpose(0, 1))
             out[rows].unflatten(1, (-1, group)).copy_(o.unflatten(1, (group, n)).permute(2, 0, 1, 3))
-        if any(ctx.needs_input_grad):
+        if wanted:
             ctx.save_for_backward(q, k, v, out, *weights)
             ctx.lengths, ctx.gated = lengths, ln_g is not None
         return out
@@ -431,7 +439,7 @@ class RowBlockAttention(torch.autograd.Function):
             dq[rows].unflatten(1, (-1, group)).copy_(dq_rows.unflatten(1, (group, -1)).permute(2, 0, 1, 3))
             if ctx.gated:
                 d_ln_g[keys] += ds.sum((0, 1))
-        return dq, dk.transpose(0, 1), dv.transpose(0, 1), d_ln_g, None
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), d_ln_g, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -508,8 +516,12 @@ def gate(S: Tensor) -> Tensor:
     return F.relu(1 - S)
 
 
-class MiddleSkippingTransformer(nn.Module):
-    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2)."""
+class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
+    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2).
+
+    save_pretrained, from_pretrained and push_to_hub are huggingface_hub's; from_pretrained also reads the authors'
+    checkpoints and a record's folder (`read_weights`).
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -522,11 +534,13 @@ class MiddleSkippingTransformer(nn.Module):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(cfg)):
             self.register_buffer(name, table, persistent=False)
-        self.run_block = Block.forward
+        self.run_block, self.chunk_loss = Block.forward, chunk_loss
 
     def compile(self):
         """One graph serves every block: parameters are inputs, the number of active tokens is dynamic."""
         self.run_block = torch.compile(Block.forward, dynamic=True)
+        if self.cos.device.type == "cuda":  # on a CPU the vectorised pieces are as fast
+            self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
@@ -535,7 +549,11 @@ class MiddleSkippingTransformer(nn.Module):
         seq = torch.arange(B, device=inputs.device).repeat_interleave(T, output_size=B * T)
         pos = torch.arange(T, device=inputs.device).repeat(B)
         h, stats, depth = self.hidden(inputs.flatten(), seq, pos, B)
-        return head_loss(h, self.output.weight, targets.flatten()), stats, depth.view(B, T)
+        autocast = torch.is_autocast_enabled(h.device.type)
+        dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
+        ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.chunk_loss,
+                            torch.is_grad_enabled())
+        return ce, stats, depth.view(B, T)
 
     def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
         """The final residual stream of packed tokens, each (n,): returns it normalised (n, d), the statistics of
@@ -584,10 +602,24 @@ class MiddleSkippingTransformer(nn.Module):
         keep = g.nonzero().squeeze(1)
         return None if len(keep) == layout.n else keep
 
+    def _save_pretrained(self, save_directory: Path):
+        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, "control"]} | {"encoding": encoding_name(self.cfg)}
+        (Path(save_directory) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        export_weights(self, Path(save_directory) / "model.safetensors")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision=None, **settings):
+        stored, state = read_weights(str(model_id), revision)
+        known = {f.name for f in dataclasses.fields(Config)}
+        model = cls(Config(**checkpoint_settings(stored, {}, model_id) | {k: v for k, v in settings.items() if k in known}))
+        load_weights(model, state, model_id)
+        return model
+
     def block(self, l, h, g, layout, cache):
         if cache is not None:
             layout = layout._replace(cache=cache[l])
-        return self.run_block(self.layers[l], h, g, layout)
+        run = self.run_block if len(h) > 1 else Block.forward  # 0 and 1 rows would be graphs of their own
+        return run(self.layers[l], h, g, layout)
 
 
 def initialise(model: nn.Module, cfg: Config):
@@ -604,9 +636,44 @@ def initialise(model: nn.Module, cfg: Config):
             raise RuntimeError(f"no initialisation is known for parameter {name}")
 
 
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of h (n, d) against targets (n,)."""
-    return F.cross_entropy(F.linear(h, weight).float(), targets)
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of head and softmax without the (n, V) logits: a chunk of rows at a time, whose gradients
+    are made at once, since the loss is the last thing computed. Products in `dtype`, softmax in float32."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, dtype, chunk_loss, wanted):
+        cuda, (n, d), V = h.device.type == "cuda", h.shape, len(weight)
+        w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128 if cuda else 0))  # a width that suits the tensor cores
+        rows = max(1, 2**(27 if cuda else 25) // len(w))
+        total, dh = torch.zeros((), device=h.device), torch.empty_like(h) if wanted else None
+        dw = torch.zeros(len(w), d, device=h.device) if wanted else None
+        with torch.autocast(h.device.type, enabled=False):
+            for i in range(0, n, rows):
+                x = h[i:i + rows].to(dtype)
+                loss, dz = chunk_loss(x @ w.t(), targets[i:i + rows, None], V, n)
+                total += loss
+                if wanted:
+                    dh[i:i + rows] = dz @ w
+                    dw = dw.addmm_(dz.t(), x) if dtype == dw.dtype else dw.add_(dz.t() @ x)
+        if wanted:
+            ctx.save_for_backward(dh, dw[:V])
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return dh * grad, dw * grad, None, None, None, None
+
+
+def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tuple[Tensor, Tensor]:
+    """Share of the mean over n rows of logits (rows, V or more), targets (rows, 1); and d loss / d logits. Columns
+    beyond the vocabulary are padding, outside the softmax."""
+    z = logits.float()
+    z[:, vocab_size:] = REMOVED
+    lse = z.logsumexp(1, keepdim=True)
+    loss = (lse - z.gather(1, targets)).sum() / n
+    p = z.sub_(lse).exp_().scatter_add_(1, targets, torch.full_like(lse, -1.0))
+    return loss, p.div_(n).to(logits.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -884,6 +951,75 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
             "val_s": time.perf_counter() - start, "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
 
+@torch.no_grad()
+def token_losses(model: MiddleSkippingTransformer, rt: Runtime, rows: list[list[int]]) -> tuple[list[Tensor], Tensor]:
+    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens), and the summed
+    statistics of `span`. Rows of any lengths are packed together."""
+    out, totals, room = [], 0, model.cfg.device_batch_size * model.cfg.max_seq_len
+    while len(out) < len(rows):
+        batch, n = [], 0
+        for row in rows[len(out):]:
+            if batch and n + len(row) - 1 > room:
+                break
+            batch.append(torch.tensor(row))
+            n += len(row) - 1
+        inputs, targets = (torch.cat([t[a:len(t) - 1 + a] for t in batch]).to(rt.device) for a in (0, 1))
+        seq = torch.cat([torch.full((len(t) - 1,), i) for i, t in enumerate(batch)]).to(rt.device)
+        pos = torch.cat([torch.arange(len(t) - 1) for t in batch]).to(rt.device)
+        with rt.autocast():
+            h, stats, _ = model.hidden(inputs, seq, pos, len(batch))
+            losses = torch.cat([F.cross_entropy(model.output(x).float(), y, reduction="none")
+                                for x, y in zip(h.split(1024), targets.split(1024))])
+        out += losses.cpu().split([len(t) - 1 for t in batch])
+        totals = totals + stats
+    return out, totals.cpu()
+
+
+def evaluate_text(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
+    """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
+    cfg, encoding = model.cfg, get_encoding(encoding_name(model.cfg))
+    text = read_text(path)
+    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
+    rows = [tokens[i:i + cfg.max_seq_len + 1] for i in range(0, len(tokens) - 1, cfg.max_seq_len)]
+    if not rows:
+        raise UserError(f"--text {path} is empty")
+    losses, stats = token_losses(model, rt, rows)
+    nats, n = sum(x.sum().item() for x in losses), len(tokens) - 1
+    sparsity = mean(gate_report(stats, n)["gate_zero"])
+    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {nats / math.log(2) / len(text.encode()):.4f} bits a "
+            f"byte, sparsity {sparsity:.4f}, {n} tokens")
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}")
+
+
+def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
+    """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: the ending of the largest log-probability
+    a token (and, not normalised, in all), given the context."""
+    encoding, T = get_encoding(encoding_name(model.cfg)), model.cfg.max_seq_len
+    right = right_sum = n = 0
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            item = json.loads(line)
+            context, endings, label = item["ctx"], item["endings"], int(item["label"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--hellaswag {path}: line {number} is not a question (ctx, endings, label)")
+        ends = [encoding.encode_ordinary(" " + e) for e in endings]
+        start = [encoding.eot_token] + encoding.encode_ordinary(context)
+        losses, _ = token_losses(model, rt, [(start + e)[-T - 1:] for e in ends])
+        scores = [x[-len(e):] for x, e in zip(losses, ends)]
+        right += min(range(len(ends)), key=lambda i: scores[i].mean().item()) == label
+        right_sum += min(range(len(ends)), key=lambda i: scores[i].sum().item()) == label
+        n += 1
+    if not n:
+        raise UserError(f"--hellaswag {path} holds no question")
+    return f"hellaswag: acc_norm {right / n:.4f}, acc {right_sum / n:.4f}, {n} questions"
+
+
 class DepthTable:
     """Mean depth over a corpus, by token and by position in the word and in the document: do the tokens that skip
     form a hierarchy? A word begins after white space; a document, at the end-of-text token."""
@@ -894,7 +1030,7 @@ class DepthTable:
         self.rt, self.end = rt, 256 if encoding_name(cfg) == "bytes" else 50256
         text = token_texts(cfg)
         self.names = [repr(t) for t in text]
-        self.ends_word = torch.tensor([t[-1:].isspace() for t in text])
+        self.ends_word = torch.tensor([t[-1:].isspace() or i == self.end for i, t in enumerate(text)])
         self.begins_word = torch.tensor([t[:1].isspace() or i == self.end for i, t in enumerate(text)])
         self.sums = {name: torch.zeros(2, n, dtype=torch.float64) for name, n in (
             ("token", cfg.vocab_size), ("position in the word", self.WORD),
@@ -983,10 +1119,10 @@ class LayerCache:
 
     def reserve(self, columns: int, like: Tensor):
         """Room for that many columns; empty ones have a logit that gives them no weight."""
-        rows, have = len(self.counts), 0 if self.k is None else self.k.shape[2]
+        rows, have = len(self.counts), -1 if self.k is None else self.k.shape[2]
         if columns <= have:
             return
-        more = max(columns - have, 64 if have else 0)
+        more = max(columns - have, 64) if have > 0 else columns
         new = like.new_zeros(rows, like.shape[1], more, like.shape[2])
         none = torch.full((rows, more), REMOVED, device=like.device)
         self.k, self.v = (new.clone() if t is None else torch.cat((t, new), 2) for t in (self.k, self.v))
@@ -1322,7 +1458,7 @@ def plot(events: list[dict], cfg: Config, path: Path):
             axes[2].plot(steps, [e["mean_coef"][l] for e in train], color=colors[l], lw=1.2)
             axes[2].plot(steps, [e["var_coef"][l] for e in train], color=colors[l], lw=1.2, ls="--")
         axes[1].set(title="Mean gate (dotted: its target)", ylim=(-0.02, 1.02), ylabel="mean gate")
-        axes[1].legend(title="blocks", frameon=False, ncols=2, loc="lower left")
+        axes[1].legend(title="blocks", ncols=2, loc="lower left", edgecolor="none", framealpha=0.8)
         axes[2].set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
     for ax in axes:
         ax.set_xlabel("step")
@@ -1363,12 +1499,12 @@ def read_checkpoint(path: Path) -> dict:
     raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}); use an earlier one")
 
 
-def read_weights(source: str) -> tuple[dict, dict]:
+def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
     """(settings, tensors by name) of a checkpoint: a record, a .pt file, a folder in the authors' layout
     (state_step*.pt, settings under "model"), or a hub folder or repo id (model.safetensors, flat settings)."""
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path = fetch_repo(source)
+        path = fetch_repo(source, revision)
     if not path.exists():
         raise UserError(f"checkpoint {source} does not exist")
     folder = path if path.is_dir() else path.parent
@@ -1394,10 +1530,10 @@ def read_safetensors(path: Path) -> dict:
         raise UserError(f"checkpoint {path} is damaged or not a safetensors file ({e})")
 
 
-def fetch_repo(repo: str) -> Path:
+def fetch_repo(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as e:  # offline, no such repo, no right to it
         raise UserError(f"checkpoint {repo}: no such folder, and it cannot be fetched from the hub "
                         f"({str(e).strip().splitlines()[0][:160]})")
@@ -1432,6 +1568,18 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str):
             raise UserError(f"checkpoint {source} does not fit: {k} is {list(getattr(v, 'shape', []))}, "
                             f"the model's is {list(own[k].shape)}")
     model.load_state_dict(state)
+
+
+def export_released(model: MiddleSkippingTransformer, folder: Path):
+    """The authors' layout: state_step0.pt and config.json; a dense model with routers that are all zero."""
+    cfg, state = model.cfg, dict(model.state_dict())
+    if not cfg.gated:
+        for l in range(cfg.n_levels):
+            state |= {f"masks.{l}.linear.weight": torch.zeros(1, cfg.dim), f"masks.{l}.linear.bias": torch.zeros(1)}
+    settings = {k: getattr(cfg, k) for k in SIZES} | {
+        "multiple_of": 256, "initializer_range": cfg.initializer_range, "zero_init_masks": not cfg.gated}
+    write_atomically(folder / "config.json", lambda f: f.write(json.dumps({"model": settings}, indent=1).encode()))
+    write_atomically(folder / "state_step0.pt", lambda f: torch.save({"step": 0, "model": state}, f))
 
 
 def export_weights(model: MiddleSkippingTransformer, path: Path):
@@ -1472,6 +1620,7 @@ class Trainer:
         self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.first_step, self.stop = self.model, 0.0, 0, 0
         self.compile_s = self.warm_up() if rt.compile else 0.0
+        self.graphs = graphs_compiled()
         if rt.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -1576,6 +1725,10 @@ class Trainer:
         self.model.cfg, self.parallel = gated_cfg, parallel
         self.model.zero_grad(set_to_none=True)
         return {k: sorted(v)[len(v) // 2] for k, v in seconds.items()}
+
+
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
 class Divergence(Exception):
@@ -1731,11 +1884,13 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
     if record.bar:
         record.bar.close()
         record.bar = None
+    recompiles = graphs_compiled() - trainer.graphs
     ratio = trainer.step_ratio()
     if not rt.main:
         return 0
     events = record.events()
     summary = summarise(trainer, step, history, ratio, [e for e in events if e["kind"] == "train"])
+    summary["recompiles_after_warm_up"] = recompiles
     record.write("summary.json", summary)
     export_weights(trainer.model, record.folder / "model.safetensors")
     plot(events, cfg, record.folder / "plot.png")
@@ -1778,6 +1933,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
     for name, (kind, text) in OPTIONS.get(command, {}).items():
         if kind is False:
             parser.add_argument(f"--{name}", action="store_true", help=text)
+        elif kind == []:
+            parser.add_argument(f"--{name}", nargs="+", default=[], help=text)
         else:
             default = None if isinstance(kind, type) else kind
             parser.add_argument(f"--{name}", type=kind if default is None else type(kind), default=default, help=text)
@@ -1811,9 +1968,16 @@ COMMANDS = {
     "train": "Train a model and write a record (the default command).",
     "eval": "Validation loss, sparsity, FLOPs and throughput of a checkpoint, and which tokens skip.",
     "sample": "Continue a prompt, and show how deep each token went.",
+    "export": "Write a checkpoint as a hub folder or in the authors' layout.",
 }
 OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
-    "eval": {"depth": (str, "write the depth of tokens, by token and by position, to this JSON file")},
+    "eval": {
+        "depth": (str, "write the depth of tokens, by token and by position, to this JSON file"),
+        "text": ([], "score these text files instead: loss, bits a byte, sparsity"),
+        "hellaswag": (str, "score a file like hellaswag_val.jsonl instead")},
+    "export": {
+        "to": ("hub", "layout: hub (model.safetensors, config.json) or released (the authors')"),
+        "out": (str, "new folder to write")},
     "sample": {
         "prompt": (str, "text to continue (default: the start of a document)"),
         "max_new_tokens": (200, "tokens to add to each sample"), "num_samples": (1, "samples, decoded together"),
@@ -1859,6 +2023,11 @@ def recorded_settings(path: Path) -> dict:
 
 def run_eval(cfg: Config, weights: dict, args) -> int:
     rt = Runtime(cfg)
+    if args.text or args.hellaswag:
+        model = build_model(cfg, rt, weights, args.checkpoint)
+        lines = [evaluate_text(model, rt, path) for path in args.text]
+        print(*lines, *([evaluate_hellaswag(model, rt, args.hellaswag)] if args.hellaswag else []), sep="\n")
+        return 0
     shards = Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")
     model, depths = build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
     result = evaluate(model, cfg, rt, shards, watch=depths.add if cfg.gated else None)
@@ -1885,6 +2054,21 @@ def new_file(path: str, name: str, text: str):
             f.write(text)
     except OSError as e:
         raise UserError(f"{name} {path} cannot be written: {e.strerror}; name another file")
+
+
+def run_export(cfg: Config, weights: dict, args) -> int:
+    if not args.out or args.to not in ("hub", "released"):
+        raise UserError("export needs --out FOLDER, and --to hub or released")
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"--out {folder} cannot be made: {e.strerror}; name a new folder")
+    model = MiddleSkippingTransformer(cfg)
+    load_weights(model, weights, args.checkpoint)
+    export_released(model, folder) if args.to == "released" else model.save_pretrained(folder)
+    print(f"wrote {folder}")
+    return 0
 
 
 def run_sample(cfg: Config, weights: dict, args) -> int:
@@ -1925,7 +2109,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg, weights = resolve(command, args, explicit)
         if command == "train":
             return train(cfg, weights)
-        return {"eval": run_eval, "sample": run_sample}[command](cfg, weights, args)
+        return {"eval": run_eval, "sample": run_sample, "export": run_export}[command](cfg, weights, args)
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt_skip.py: error: {e}", file=sys.stderr)
