@@ -7,7 +7,7 @@
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed drifts.
 `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T, T) mask, float32
 softmax by hand, full logits. `gated` skips a given share of the tokens at the first router, so sparsity is exact.
-MFU is the share of the machine's own matrix-product rate, measured first on the products of a training step. Speed-up
+MFU is the share of the machine's own matrix-product rate, measured in turn with them on the products of a training step. Speed-up
 is against `dense`; efficiency is the measured speed-up over the FLOPs' own. Writes records_dir/..._bench/bench.json.
 """
 import argparse
@@ -151,50 +151,60 @@ def reset_peak(rt):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def matmul_rate(cfg, rt, rounds):
-    """FLOP/s of the products of a training step alone, on preallocated results."""
-    n, d, m, kv = cfg.device_batch_size * cfg.max_seq_len, cfg.dim, cfg.hidden_dim, cfg.n_kv_heads * cfg.head_dim
-    shapes = {(d, d): 2, (d, kv): 2, (d, m): 2, (m, d): 1}  # of a block
-    shapes = {s: cfg.n_layers * k for s, k in shapes.items()} | {(d, cfg.vocab_size): 1}
-    flops = seconds = 0.0
-    for (a, b), times in shapes.items():
-        x, w, y = (torch.randn(s, device=rt.device, dtype=rt.dtype) for s in ((n, a), (b, a), (n, b)))
-        dx, dw = torch.empty_like(x), torch.empty_like(w)
+def peak_memory(rt):
+    """Bytes since reset_peak. (getrusage's peak never falls; Linux tells the one that was reset.)"""
+    if rt.device.type == "cuda" or sys.platform != "linux":
+        return rt.peak_memory()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
-        def products():
+
+class Products:
+    """The matrix products of a training step alone, on the model's shapes and preallocated results: the machine's
+    own rate, measured in turn with the variants that are held against it."""
+
+    def __init__(self, cfg, rt):
+        n, d, m = cfg.device_batch_size * cfg.max_seq_len, cfg.dim, cfg.hidden_dim
+        kv, L = cfg.n_kv_heads * cfg.head_dim, cfg.n_layers
+        self.work, self.seconds, self.flops = [], [], 0
+        for a, b, times in ((d, d, 2 * L), (d, kv, 2 * L), (d, m, 2 * L), (m, d, L), (d, cfg.vocab_size, 1)):
+            x, w, y = (torch.randn(s, device=rt.device, dtype=rt.dtype) for s in ((n, a), (b, a), (n, b)))
+            self.work += [(x, w, y, torch.empty_like(x), torch.empty_like(w))] * times
+            self.flops += times * 6 * n * a * b
+
+    def run(self):
+        for x, w, y, dx, dw in self.work:
             torch.mm(x, w.t(), out=y)
             torch.mm(y, w, out=dx)
             torch.mm(y.t(), x, out=dw)
 
-        clock(rt, products)
-        seconds += times * median([clock(rt, products)[0] for _ in range(rounds)])
-        flops += times * 6 * n * a * b
-    return flops / seconds
+    def time(self, rt):
+        self.seconds.append(clock(rt, self.run)[0])
+
+    @property
+    def rate(self):
+        """FLOP/s."""
+        return self.flops / median(self.seconds)
 
 
-def measure_batches(bench, mode, rounds, report):
+def measure_batches(bench, mode, rounds, report, products):
     """Rows of training steps or prefills: eager, dense, and gated at every sparsity, in turn."""
     cfg, rt = bench.cfg, bench.rt
     bench.rows = bench.x.tolist()
     variants = [("eager", None), ("dense", None)] + [("gated", s) for s in SPARSITIES]
     seconds, flops, peak = {v: [] for v in variants}, {}, {}
     n, heads = bench.x.numel(), len(bench.x) if mode == "prefill" else None
-    for i in range(rounds + 1):
+    for i in range(rounds + 1):  # the first round warms up (and compiles)
+        products.time(rt)
         for v in variants:
             bench.use(*v)
             reset_peak(rt)
-            t, result = clock(rt, lambda: getattr(bench, mode)(*v))
+            t, _ = clock(rt, lambda: getattr(bench, mode)(*v))
+            seconds[v] += [t] if i else []
+            peak[v] = peak_memory(rt)
             if i == 0:
-                rows = n * (1 - (v[1] or 0.0))
-                stats = result if mode == "train" and result is not None else None
-                flops[v] = (stats, rows)
-                peak[v] = 0
                 with torch.no_grad(), rt.autocast():
-                    _, stats, _ = bench.model(bench.x, bench.y)
-                flops[v] = tgs.realised_flops(bench.model.cfg, stats, n, heads)
-            else:
-                seconds[v].append(t)
-                peak[v] = max(peak[v], rt.peak_memory())
+                    flops[v] = tgs.realised_flops(bench.model.cfg, bench.model(bench.x, bench.y)[1], n, heads)
     scale = 3 if mode == "train" else 1
     for v in variants:
         report.row(mode, *v, cfg.device_batch_size, n, median(seconds[v]), scale * flops[v] / n, peak[v])
@@ -231,16 +241,16 @@ class Report:
     COLUMNS = ("mode", "variant", "sparsity", "batch", "seconds", "tokens_per_s", "flops_per_token", "speedup",
                "flops_speedup", "efficiency", "mfu", "peak_bytes")
 
-    def __init__(self, rate):
-        self.rate, self.rows = rate, []
+    def __init__(self):
+        self.rows = []
 
     def row(self, mode, variant, sparsity, batch, tokens, seconds, flops, peak):
         self.rows.append(dict(mode=mode, variant=variant, sparsity=sparsity, batch=batch, seconds=seconds,
-                              tokens_per_s=tokens / seconds, flops_per_token=flops, mfu=tokens * flops / seconds / self.rate,
-                              peak_bytes=peak))
+                              tokens_per_s=tokens / seconds, flops_per_token=flops, peak_bytes=peak))
 
-    def compare(self):
+    def compare(self, rate):
         for row in self.rows:
+            row["mfu"] = row["tokens_per_s"] * row["flops_per_token"] / rate
             dense = next(r for r in self.rows if (r["mode"], r["batch"], r["variant"]) == (row["mode"], row["batch"], "dense"))
             row["speedup"] = dense["seconds"] / row["seconds"]
             row["flops_speedup"] = dense["flops_per_token"] / row["flops_per_token"]
@@ -269,18 +279,18 @@ def main(argv=None):
         cuda = torch.cuda.is_available() and explicit.get("device") != "cpu"
         size = dict(batch_size=32) if cuda else CPU_SIZE
         size["batch_size"] = explicit.get("device_batch_size", size["batch_size"])
-        cfg = tgs.Config(**(size | dict(name="bench") | explicit))
+        cfg = tgs.Config(**(size | dict(name="bench", compile=True) | explicit))
         rt = tgs.Runtime(cfg)
-        rate = matmul_rate(cfg, rt, 3 * args.rounds)
-        print(f"matrix products alone: {rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}", flush=True)
-        bench, report = Bench(cfg, rt), Report(rate)
+        bench, report, products = Bench(cfg, rt), Report(), Products(cfg, rt)
+        products.time(rt)
         for mode in args.modes:
             if mode == "decode":
                 for batch in args.decode_batches or ((1, 64) if cuda else (1, 128)):
                     measure_decoding(bench, batch, args.rounds, report)
             else:
-                measure_batches(bench, mode, args.rounds, report)
-        report.compare()
+                measure_batches(bench, mode, args.rounds, report, products)
+        report.compare(products.rate)
+        print(f"matrix products alone: {products.rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}")
         print(report.text())
         folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
     except tgs.UserError as e:
@@ -288,7 +298,7 @@ def main(argv=None):
         return 2
     env = tgs.environment(rt, {})
     content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
-               "matmul_flops_per_s": rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env}
+               "matmul_flops_per_s": products.rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env}
     (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"record: {folder}")
     return 0
