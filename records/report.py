@@ -23,6 +23,7 @@ GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|Instinct")
 WITH_TARGET = ("sparsity_variance_l2", "adaptive", "proportional", "proportional_derivative")
 MARKERS = dict(none="D", sparsity="v", sparsity_variance="^", sparsity_variance_l2="P", adaptive="*", proportional="o",
                proportional_derivative="h")
+TYPES = dict(control=str, train_files=str, val_files=str, mean_target_end=(int, float), batch_size=int, max_seq_len=int)
 MAX_ROWS = 3  # of the figure
 
 
@@ -53,13 +54,15 @@ def read_run(folder: Path) -> dict:
             return run | dict(state="unfinished: no config.json")
         cfg = read(folder / name)
         keys = ("control", "n_layers", "mean_target_end", "train_files", "val_files", "val_tokens", "batch_size",
-                "max_seq_len", "num_steps", "dim", "vocab_size", "mean_target_end")
+                "max_seq_len", "num_steps", "dim", "vocab_size")
+        if wrong := [k for k in keys if not isinstance(cfg[k], TYPES.get(k, (int, float, type(None))))]:
+            raise ValueError(f"{wrong[0]} is {cfg[wrong[0]]!r}")
         run |= {k: cfg[k] for k in keys}
         step_tokens = cfg["batch_size"] * cfg["max_seq_len"]
         name = "env.json"
         env = read(folder / name)
         run["hardware"] = f"{env['world_size']} x " * (env["world_size"] > 1) + env["device"]
-        run["commit"] = (env["git_commit"] or "-")[:7] + "+" * bool(env["git_dirty"])
+        run["commit"] = env["git_commit"][:7] + "+" * env["git_dirty"] if env["git_commit"] else None
         name = "summary.json"
         if not (folder / name).exists():
             return run | dict(state="unfinished: no summary.json (running, or ended early)")
@@ -181,14 +184,15 @@ def draw_runs(ax, runs: list[dict], x: str, cmap):
             depths.setdefault(run["n_layers"], []).append((run[x], run["loss"]))
     if depths:
         points = [[sum(v) / len(v) for v in zip(*depths[L])] for L in sorted(depths)]
-        ax.plot(*zip(*points), "-" if x != "sparsity" else "", color="0.6", lw=1, zorder=1)
+        ax.plot(*zip(*points), ls="-" if x != "sparsity" else "none", color="0.6", lw=1, zorder=1)
         ax.plot(*zip(*[p for ps in depths.values() for p in ps]), "s", color="0.25", ms=5, ls="", label="dense, blocks labelled")
         for L, point in zip(sorted(depths), points):
-            ax.annotate(str(L), point, (6, 4), textcoords="offset points", fontsize=8, color="0.25")
+            ax.annotate(str(L), point, (6, 4) if x != "sparsity" else (-6, -3), textcoords="offset points", fontsize=8,
+                        color="0.25", ha="left" if x != "sparsity" else "right")
     gated = [r for r in runs if r["control"] != "dense"]
     for run in sorted(gated, key=lambda r: (r["control"] != "none", r["control"], r["mean_target_end"], r["n_layers"])):
         color = cmap(0.05 + 0.87 * run["mean_target_end"]) if run["control"] in WITH_TARGET else "C3"
-        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, ms=7, mec="white", mew=0.6, zorder=3,
+        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, mec="white", ms=12 if run["control"] == "adaptive" else 7, mew=0.6, zorder=3,
                 label=f"{run['n_layers']} blocks, " + ("no control" if run["control"] == "none" else control_of(run)))
 
 
@@ -206,6 +210,7 @@ def figure(runs: list[dict], path: Path) -> list[str]:
         return [f"{path} not drawn: matplotlib is missing (python -m pip install -r requirements.txt)"]
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     drawn, lines = sorted(groups.values(), key=len, reverse=True), []
     for group in drawn[MAX_ROWS:]:
@@ -229,7 +234,8 @@ def figure(runs: list[dict], path: Path) -> list[str]:
             ax.margins(0.1)
             lone = len({r[x] for r in group}) == 1 and x != "sparsity"
             ax.set_xlim(*((0, 2 * group[0][x]) if lone else ()))
-        row[2].set_xlim(-0.04, max(0.5, 1.1 * max(r["sparsity"] for r in group)))
+        row[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+        row[2].set_xlim(-0.05, max(0.5, 1.1 * max(r["sparsity"] for r in group)))
         entries = dict(zip(*reversed(row[0].get_legend_handles_labels())))
         row[2].legend(entries.values(), entries, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path, dpi=120)
