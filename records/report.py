@@ -48,7 +48,7 @@ def read(path: Path) -> dict:
 
 def read_run(folder: Path) -> dict:
     """A training run, flat: `state`, and as much as its files tell. Raises nothing for a damaged file."""
-    run, name = dict(folder=folder, name=folder.name, state="damaged"), "config.json"
+    run, name = dict(name=folder.name), "config.json"
     try:
         if not (folder / name).exists() and not (folder / "summary.json").exists():
             return run | dict(state="unfinished: no config.json")
@@ -95,15 +95,16 @@ def control_of(run: dict) -> str:
 
 
 RUN_COLUMNS = {  # heading: (key, format)
-    "record": ("name", str), "control": ("control", str), "blocks": ("n_layers", str), "parameters": ("parameters", short),
-    "steps": ("step", str), "train tokens": ("tokens", short), "val. loss (nats)": ("loss", "{:.4f}".format),
-    "sparsity": ("sparsity", "{:.3f}".format), "FLOPs/token, estimated": ("estimated", short),
+    "record": ("name", str), "control": ("control", str), "blocks": ("n_layers", str),
+    "parameters": ("parameters", short), "steps": ("step", str), "train tokens": ("tokens", short),
+    "val. loss (nats)": ("loss", "{:.4f}".format), "sparsity": ("sparsity", "{:.3f}".format),
+    "FLOPs/token, estimated": ("estimated", short),
     "realised": ("realised", short), "train s": ("train_s", "{:.0f}".format), "tokens/s": ("rate", "{:.0f}".format),
     "hardware": ("hardware", str), "commit": ("commit", str), "state": ("state", str),
 }
 BENCH_COLUMNS = {
-    "mode": ("mode", str), "variant": ("variant", str), "sparsity": ("sparsity", "{:.2f}".format), "batch": ("batch", str),
-    "ms": ("seconds", lambda s: f"{1e3 * s:.2f}"), "speed-up": ("speedup", "{:.2f}".format),
+    "mode": ("mode", str), "variant": ("variant", str), "sparsity": ("sparsity", "{:.2f}".format),
+    "batch": ("batch", str), "ms": ("seconds", lambda s: f"{1e3 * s:.2f}"), "speed-up": ("speedup", "{:.2f}".format),
     "FLOPs speed-up": ("flops_speedup", "{:.2f}".format), "efficiency": ("efficiency", "{:.2f}".format),
     "MFU": ("mfu", "{:.2f}".format),
 }
@@ -185,14 +186,15 @@ def draw_runs(ax, runs: list[dict], x: str, cmap):
     if depths:
         points = [[sum(v) / len(v) for v in zip(*depths[L])] for L in sorted(depths)]
         ax.plot(*zip(*points), ls="-" if x != "sparsity" else "none", color="0.6", lw=1, zorder=1)
-        ax.plot(*zip(*[p for ps in depths.values() for p in ps]), "s", color="0.25", ms=5, ls="", label="dense, blocks labelled")
+        ax.plot(*zip(*[p for ps in depths.values() for p in ps]), "s", color="0.25", ms=5, label="dense, blocks labelled")
         for L, point in zip(sorted(depths), points):
             ax.annotate(str(L), point, (6, 4) if x != "sparsity" else (-6, -3), textcoords="offset points", fontsize=8,
                         color="0.25", ha="left" if x != "sparsity" else "right")
     gated = [r for r in runs if r["control"] != "dense"]
     for run in sorted(gated, key=lambda r: (r["control"] != "none", r["control"], r["mean_target_end"], r["n_layers"])):
         color = cmap(0.05 + 0.87 * run["mean_target_end"]) if run["control"] in WITH_TARGET else "C3"
-        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, mec="white", ms=12 if run["control"] == "adaptive" else 7, mew=0.6, zorder=3,
+        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, mec="white", mew=0.6, zorder=3,
+                ms=12 if run["control"] == "adaptive" else 7,
                 label=f"{run['n_layers']} blocks, " + ("no control" if run["control"] == "none" else control_of(run)))
 
 
@@ -237,7 +239,7 @@ def figure(runs: list[dict], path: Path) -> list[str]:
         row[0].xaxis.set_major_formatter(EngFormatter(sep=""))
         row[2].set_xlim(-0.05, max(0.5, 1.1 * max(r["sparsity"] for r in group)))
         entries = dict(zip(*reversed(row[0].get_legend_handles_labels())))
-        row[2].legend(entries.values(), entries, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        row[2].legend(entries.values(), entries, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return lines + [f"figure: {path}"]
@@ -246,7 +248,7 @@ def figure(runs: list[dict], path: Path) -> list[str]:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help=f"records, or folders of records (default: {HERE})")
-    parser.add_argument("--out", type=Path, default=HERE, help="where README.md and pareto.png go (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, help=f"where README.md and pareto.png go (default: {HERE})")
     args = parser.parse_args(argv)
     for folder in [*args.folders, args.out]:
         if not folder.is_dir():

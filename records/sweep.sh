@@ -26,14 +26,14 @@ read -ra layers <<<"${LAYERS:-$layers}"
 read -ra targets <<<"${TARGETS:-0.0 0.25 0.5 0.75 1.0}"
 depth=${layers[-1]}
 for python in ${PYTHON:-python python3 .venv/bin/python}; do  # for the report: the first that has matplotlib
-    "$python" -c "import matplotlib" 2>/dev/null && break
+    "$python" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('matplotlib'))" 2>/dev/null && break
 done
 trap 'echo "sweep.sh: stopped; the same command goes on" >&2; exit 130' INT TERM  # a run ends tidily, with status 0
 mkdir -p "$records"
 failed=()
 
 recorded() {  # name: "STATE FOLDER" of the newest record of that name and these flags, if any
-    "$python" - "$records" "$@" <<'PY'
+    "$python" -IS - "$records" "$@" <<'PY'
 import json, pathlib, sys
 records, name, *flags = sys.argv[1:]
 words = [w for f in flags for w in (f.split("=", 1) if f.startswith("--") else [f])]
