@@ -66,10 +66,10 @@ one() {  # name, its own flags (after the others: the last one wins)
     "$run" "$@" || failed+=("$name")
 }
 
-for L in "${layers[@]}"; do
-    one "sweep-$L-dense" --control dense --n_layers "$L"
+for L in "${layers[@]}"; do  # without control nothing moves, whatever a preset or the flags say
+    one "sweep-$L-dense" --control dense --coef_update 0 --n_layers "$L"
 done
-one "sweep-$depth-none" --control none --n_layers "$depth"
+one "sweep-$depth-none" --control none --coef_update 0 --n_layers "$depth"
 for target in "${targets[@]}"; do
     one "sweep-$depth-$target" --control proportional --mean_target_end "$target" --n_layers "$depth"
 done
