@@ -1547,3 +1547,185 @@ def test_fineweb_imports_without_side_effects_and_knows_the_layouts():
     val, *train = module.shard_names("kjj0/finewebedu10B-gpt2", "finewebedu", None)
     assert val == "finewebedu_val_000000.bin" and len(train) == 99
     assert (train[0], train[-1]) == ("finewebedu_train_000001.bin", "finewebedu_train_000099.bin")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# records/report.py and records/sweep.sh
+
+def report_module():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "records" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def report_record(parent, name, second=0, summary=(), env=(), **settings):
+    """A finished record as the trainer writes it, as far as the report reads it."""
+    folder = parent / f"2026-11-22_20-00-{second:02d}_{name}"
+    folder.mkdir(parents=True)
+    config = dict(control="proportional", n_layers=8, mean_target_end=0.25, train_files="data/demo/demo_train_*.bin",
+                  val_files="data/demo/demo_val_*.bin", val_tokens=None, batch_size=8, max_seq_len=256, num_steps=600,
+                  dim=128, vocab_size=257, preset="demo") | settings
+    env = dict(world_size=1, device="AMD EPYC", git_commit="0123456789abcdef", git_dirty=False) | dict(env)
+    summary = dict(interrupted=False, step=config["num_steps"], train_seconds=240.0, parameters=2167812, sparsity=0.39,
+                   cross_entropy=1.8983, estimated_flops_per_token=3.385e6, realised_flops_per_token=2.86e6,
+                   tokens_per_s=5120.0) | dict(summary)
+    for file, content in (("config", config), ("env", env), ("summary", summary)):
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    return folder
+
+
+def report_bench(parent, name, device):
+    folder = parent / f"2026-11-22_21-00-00_{name}"
+    folder.mkdir(parents=True)
+    row = dict(mode="train", variant="gated", sparsity=0.5, batch=4, seconds=0.123456, speedup=1.81, flops_speedup=1.98,
+               efficiency=0.92, mfu=0.59)
+    (folder / "bench.json").write_text(json.dumps(dict(
+        device=device, dtype="float32", config=dict(n_layers=12, dim=384, max_seq_len=512), matmul_flops_per_s=1.35e11,
+        rows=[dict(row, variant="dense", sparsity=None), row])))
+    return folder
+
+
+def report_run(capsys, *folders, out, draw=False):
+    module = report_module()
+    if not draw:  # most of a report's time
+        module.figure = lambda runs, path: ["figure: not drawn"]
+    status = module.main([*map(str, folders), "--out", str(out)])
+    return status, capsys.readouterr().out
+
+
+def test_report_has_a_line_for_every_record_with_its_numbers(tmp_path, capsys):
+    report_record(tmp_path, "a")
+    report_record(tmp_path, "b", 1, control="dense", n_layers=4, env=dict(git_dirty=True, world_size=2))
+    status, text = report_run(capsys, tmp_path, out=tmp_path)
+    a, b = [line.split() for line in text.splitlines() if line.startswith("2026")]
+    assert status == 0
+    assert a == ["2026-11-22_20-00-00_a", "proportional", "0.25", "8", "2.17M", "600", "1.23M", "1.8983", "0.390", "3.38M",
+                 "2.86M", "240", "5120", "AMD", "EPYC", "0123456", "finished"]
+    assert b[1:3] == ["dense", "4"] and b[-6:] == ["2", "x", "AMD", "EPYC", "0123456+", "finished"]
+
+
+def test_report_takes_single_records_as_well_as_folders_of_records(tmp_path, capsys):
+    one, _ = report_record(tmp_path / "x", "one"), report_record(tmp_path / "x", "other", 1)
+    report_record(tmp_path / "y", "two")
+    _, text = report_run(capsys, one, tmp_path / "y", out=tmp_path)
+    assert "_one" in text and "_two" in text and "_other" not in text
+
+
+def test_report_rewrites_the_readme_between_its_markers_only(tmp_path, capsys):
+    report, readme = report_module(), tmp_path / "README.md"
+    before, after = b"# Mine\r\n\r\n\xc3\xa9 | text  \n", b"\n\n## Below\r\nno newline at the end"
+    readme.write_bytes(before + f"{report.BEGIN}\nold table\n{report.END}".encode() + after)
+    folder = report_record(tmp_path, "a")
+    report_run(capsys, tmp_path, out=tmp_path)
+    once = readme.read_bytes()
+    assert once.startswith(before) and once.endswith(after) and b"old table" not in once
+    assert f"| [{folder.name}]({folder.name}) | proportional 0.25 | 8 |".encode() in once
+    report_run(capsys, tmp_path, out=tmp_path)
+    assert readme.read_bytes() == once
+
+
+def test_report_adds_its_part_to_a_readme_without_markers_and_makes_one_where_there_is_none(tmp_path, capsys):
+    report_record(tmp_path / "r", "a")
+    report_run(capsys, tmp_path / "r", out=tmp_path / "r")
+    assert (tmp_path / "r" / "README.md").read_text().startswith("# Records\n")
+    (tmp_path / "r" / "README.md").write_text("notes")
+    report_run(capsys, tmp_path / "r", out=tmp_path / "r")
+    assert (tmp_path / "r" / "README.md").read_text().startswith("notes\n<!--")
+
+
+def test_report_leaves_a_readme_alone_whose_end_marker_is_missing(tmp_path, capsys):
+    report_record(tmp_path, "a")
+    (tmp_path / "README.md").write_text(text := f"x\n{report_module().BEGIN}\nmy text")
+    with pytest.raises(SystemExit, match="put it back"):
+        report_run(capsys, tmp_path, out=tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_report_draws_the_figure_and_names_the_runs_that_it_leaves_out(tmp_path, capsys):
+    for i, L in enumerate((2, 4)):
+        report_record(tmp_path, f"dense{L}", i, control="dense", n_layers=L, summary=dict(sparsity=0.0, cross_entropy=3 - L / 4))
+    report_record(tmp_path, "none", 2, control="none")
+    for i in range(3):
+        report_record(tmp_path, f"steps{i}", 10 + i, num_steps=100 + i)
+    _, text = report_run(capsys, tmp_path, out=tmp_path, draw=True)
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    left_out = [line for line in text.splitlines() if line.startswith("left out")]
+    assert len(left_out) == 1 and "_steps2" in left_out[0] and "demo: 102 steps" in left_out[0]
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("summary.json", '{"interrupted": false, "st', "damaged: summary.json"),
+    ("summary.json", "[]", "damaged: summary.json: not an object"),
+    ("summary.json", '{"interrupted": false, "step": 3}', "damaged: summary.json has no train_seconds"),
+    ("summary.json", '{"interrupted": true, "step": 3, "train_seconds": 1.5}', "interrupted"),
+    ("summary.json", None, "unfinished: no summary.json"),
+    ("config.json", '{"control": "none"}', "damaged: config.json has no n_layers"),
+    ("config.json", b"\xff\xfe", "damaged: config.json"),
+    ("env.json", None, "damaged: env.json"),
+    ("bench.json", '{"rows": 3}', "damaged: bench.json"),
+])
+def test_report_names_a_damaged_or_unfinished_record_in_one_line(tmp_path, capsys, file, content, said):
+    report_record(tmp_path, "whole")
+    folder = report_record(tmp_path, "other", 1) if file != "bench.json" else tmp_path / "2026-11-22_20-00-01_bench"
+    folder.mkdir(exist_ok=True)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, text = report_run(capsys, tmp_path, out=tmp_path)
+    lines = [line for line in text.splitlines() if folder.name in line]
+    assert status == 0 and len(lines) == 1 and said in lines[0]
+    assert "_whole" in text and said in (tmp_path / "README.md").read_text()
+
+
+def test_report_says_how_to_make_a_record_where_there_is_none(tmp_path, capsys):
+    status, text = report_run(capsys, tmp_path, out=tmp_path)
+    assert status == 0 and text.count("\n") == 1 and "./run.sh" in text and not list(tmp_path.iterdir())
+
+
+def test_report_shows_milliseconds_of_a_gpus_benchmark_only(tmp_path, capsys):
+    report_bench(tmp_path / "cpu", "bench", "AMD EPYC")
+    report_bench(tmp_path / "gpu", "bench", "NVIDIA H200")
+    _, cpu = report_run(capsys, tmp_path / "cpu", out=tmp_path)
+    _, gpu = report_run(capsys, tmp_path / "gpu", out=tmp_path)
+    assert "123.46" not in cpu and "123.46" in gpu and "1.98" in cpu
+    assert "| train | gated | 0.50 | 4 | 123.46 | 1.81 | 1.98 | 0.92 | 0.59 |" in (tmp_path / "README.md").read_text()
+
+
+def report_sweep(tmp_path, *flags, layers="2 4", targets="0.0 0.5", status=0):
+    """records/sweep.sh with a stub for run.sh; returns the flags that each run was given, and what it printed."""
+    stub = tmp_path / "run"
+    stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit {status}\n')
+    stub.chmod(0o755)
+    env = os.environ | dict(RUN=str(stub), PYTHON=sys.executable, LAYERS=layers, TARGETS=targets,
+                            RECORDS_DIR=str(tmp_path / "records"))
+    done = subprocess.run(["bash", str(ROOT / "records" / "sweep.sh"), *flags], env=env, capture_output=True, text=True)
+    calls = tmp_path / "calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return lines, done
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interrupted(tmp_path):
+    records, common = tmp_path / "records", dict(num_steps=100, lr=0.002)
+    report_record(records, "sweep-2-dense", control="dense", coef_update=0.0, n_layers=2, **common)
+    report_record(records, "sweep-4-dense", control="dense", coef_update=0.0, n_layers=4, num_steps=200)  # by other flags
+    cut = report_record(records, "sweep-4-0.0", n_layers=4, mean_target_end=0.0, summary=dict(interrupted=True), **common)
+    calls, done = report_sweep(tmp_path, "--preset", "demo", "--num_steps", "100", "--lr=2e-3", "--device", "cpu")
+    given = "--preset demo --num_steps 100 --lr=2e-3 --device cpu "
+    assert done.returncode == 0, done.stderr
+    assert calls == [
+        f"{given}--control dense --coef_update 0 --n_layers 4 --name sweep-4-dense --records_dir {records}",
+        f"{given}--control none --coef_update 0 --n_layers 4 --name sweep-4-none --records_dir {records}",
+        f"--resume {cut}",
+        f"{given}--control proportional --mean_target_end 0.5 --n_layers 4 --name sweep-4-0.5 --records_dir {records}"]
+    assert "sweep-2-dense finished" in done.stdout and (records / "README.md").exists()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_sweep_goes_on_after_a_run_that_fails_and_says_so_at_the_end(tmp_path):
+    calls, done = report_sweep(tmp_path, f"--records_dir={tmp_path / 'other'}", layers="2", targets="0.5", status=3)
+    assert len(calls) == 3 and all(c.endswith(f"--records_dir {tmp_path / 'other'}") for c in calls)
+    assert done.returncode == 1 and "failed: sweep-2-dense sweep-2-none sweep-2-0.5" in done.stderr

@@ -2002,6 +2002,9 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
                             f"which has {settings.get(wrong[0])}: leave the flag out")
     elif explicit.get("config"):
         settings |= recorded_settings(Path(explicit["config"]))
+    if "control" in explicit and not explicit.get("resume"):  # another rule's coefficients are not the preset's or the record's
+        for k in ("mean_coef_init", "var_coef_init", "coef_update"):
+            settings.pop(k, None)
     source = args.checkpoint if command != "train" else explicit.get("init_from", settings.get("init_from"))
     if source and not explicit.get("resume"):
         stored, weights = read_weights(source)
