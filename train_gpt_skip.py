@@ -5,8 +5,8 @@ in which a skipped token costs nothing: a block computes only the tokens whose g
 """
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, datetime, hashlib, json, math, os, platform, re, shlex, shutil, signal
-import subprocess, sys, time, warnings, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, hashlib, json, math, os, platform, re, shlex
+import shutil, signal, subprocess, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +212,8 @@ class Runtime:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        else:
+            keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
 
@@ -238,6 +240,15 @@ class Runtime:
             return torch.cuda.max_memory_allocated()
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory():
+    """glibc gives large blocks back to the kernel, which clears them page by page when a step asks for them again:
+    a twentieth of a dense step's time, more of a sparse one's. Keep them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -366,12 +377,19 @@ def gated_attention(q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout
     return attend_rows(q, k, v, ln_g, layout.lengths)
 
 
+@functools.cache
+def compiled_flex_attention():
+    """For a block that is not compiled itself: eager FlexAttention would hold all n x n scores."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
 def attend_flex(q, k, v, ln_g, mask):
     def add_log_gate(score, b, h, i, j):
         return score + ln_g[j]
 
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
-    out = flex_attention(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=mask,
+    eager = torch.compiler.is_compiling() or q.device.type == "cpu"
+    out = (flex_attention if eager else compiled_flex_attention())(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=mask,
                          enable_gqa=k.shape[1] != q.shape[1])
     return out[0].transpose(0, 1)
 
@@ -616,8 +634,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         return model
 
     def block(self, l, h, g, layout, cache):
-        if cache is not None:
-            layout = layout._replace(cache=cache[l])
+        if cache is not None:  # a cache grows on the host
+            return self.layers[l](h, g, layout._replace(cache=cache[l]))
         run = self.run_block if len(h) > 1 else Block.forward  # 0 and 1 rows would be graphs of their own
         return run(self.layers[l], h, g, layout)
 

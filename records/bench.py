@@ -194,17 +194,19 @@ def measure_batches(bench, mode, rounds, report, products):
     variants = [("eager", None), ("dense", None)] + [("gated", s) for s in SPARSITIES]
     seconds, flops, peak = {v: [] for v in variants}, {}, {}
     n, heads = bench.x.numel(), len(bench.x) if mode == "prefill" else None
-    for i in range(rounds + 1):  # the first round warms up (and compiles)
+    for v in variants:  # warm up and compile; then once more, for the peak: its reset also gives freed memory back
+        bench.use(*v)
+        getattr(bench, mode)(*v)
+        reset_peak(rt)
+        getattr(bench, mode)(*v)
+        peak[v] = peak_memory(rt)
+        with torch.no_grad(), rt.autocast():
+            flops[v] = tgs.realised_flops(bench.model.cfg, bench.model(bench.x, bench.y)[1], n, heads)
+    for _ in range(rounds):
         products.time(rt)
         for v in variants:
             bench.use(*v)
-            reset_peak(rt)
-            t, _ = clock(rt, lambda: getattr(bench, mode)(*v))
-            seconds[v] += [t] if i else []
-            peak[v] = peak_memory(rt)
-            if i == 0:
-                with torch.no_grad(), rt.autocast():
-                    flops[v] = tgs.realised_flops(bench.model.cfg, bench.model(bench.x, bench.y)[1], n, heads)
+            seconds[v].append(clock(rt, lambda: getattr(bench, mode)(*v))[0])
     scale = 3 if mode == "train" else 1
     for v in variants:
         report.row(mode, *v, cfg.device_batch_size, n, median(seconds[v]), scale * flops[v] / n, peak[v])
@@ -225,7 +227,6 @@ def measure_decoding(bench, batch, rounds, report):
                 decoder.append({b: [1] * context for b in range(batch)})
             skips = list(bench.skip(v[1] or 0.0, batch * DECODE_STEPS).view(DECODE_STEPS, batch))
             held = decoder.bytes()
-            reset_peak(rt)
             t, _ = clock(rt, lambda: bench.decode(decoder, skips))
             keys = sum(int(c.counts.sum()) for c in decoder.cache) / cfg.n_layers / batch  # of a row, at the end
             active = 1 - (v[1] or 0.0)
