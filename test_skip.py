@@ -816,6 +816,40 @@ def test_a_checkpoint_goes_out_and_comes_back_in_every_layout(tmp_path, capsys):
     assert "name a new folder" in capsys.readouterr().err
 
 
+def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_checked(tmp_path, capsys):
+    write_shard(tmp_path / "d" / "d_val_000000.bin", [1, 2, 3] * 20)
+    model, _ = random_model(18)
+    model.save_pretrained(tmp_path / "m")
+    args = ["eval", "--checkpoint", str(tmp_path / "m"), "--val_files", str(tmp_path / "d" / "*.bin"), "--batch_size", "2",
+            "--device_batch_size", "2", "--encoding", "bytes"]
+    assert tgs.main(args) == 0 and "bits" not in capsys.readouterr().out
+    dataset = {"encoding": "bytes", "shards": {"d_val_000000.bin": {"tokens": 60, "bytes": 240}}}
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
+    assert tgs.main(args) == 0
+    out = capsys.readouterr().out
+    nats = float(re.search(r"cross_entropy (\S+)", out)[1])
+    assert float(re.search(r"bits a byte (\S+)", out)[1]) == pytest.approx(nats / math.log(2) / 4, abs=1e-3)
+    dataset["shards"]["d_val_000000.bin"]["tokens"] = 61
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
+    assert tgs.main(args) == 2 and "says 61 tokens" in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_as_a_run_goes_on(tmp_path, corpus):
+    """500 steps with sparsity that changes from step to step, in a process of its own."""
+    code = f"""
+import os, torch, train_gpt_skip as tgs
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+step, seen = tgs.Trainer.train_step, []
+tgs.Trainer.train_step = lambda self, i: (seen.append(resident()), step(self, i))[1]
+assert tgs.main({flags(corpus, tmp_path, num_steps=501, coef_update=0.5, mean_target_end=0.3, log_every=500, val_every=501)}) == 0
+print('grown', seen[500] - seen[50])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"grown (-?\d+)", done.stdout)[1]) < 8 * 2**20
+
+
 def test_a_size_flag_that_disagrees_with_the_checkpoint_is_named(tmp_path, corpus, capsys):
     model, _ = random_model(16)
     model.save_pretrained(tmp_path / "hub")

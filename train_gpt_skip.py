@@ -859,9 +859,22 @@ class Shards:
                 for p in self.paths]
 
     def dataset(self) -> dict:
-        """The dataset.json that lies beside the shards, or {}."""
+        """The dataset.json that lies beside the shards, or {}; UserError where it speaks of other shards."""
         path = self.paths[0].parent / "dataset.json"
-        return read_json(path) if path.exists() else {}
+        dataset = read_json(path) if path.exists() else {}
+        said = dataset.get("shards", {})
+        for shard in self.describe():
+            if said.get(shard["name"], shard).get("tokens") != shard["tokens"]:
+                raise UserError(f"{path} says {said[shard['name']].get('tokens')} tokens of {shard['name']}, which has "
+                                f"{shard['tokens']}: one of the two is from another dataset; make or fetch both again")
+        return dataset
+
+    def bytes_per_token(self) -> float | None:
+        """Mean UTF-8 bytes of text a token, where dataset.json tells."""
+        said = [self.dataset().get("shards", {}).get(p.name, {}) for p in self.paths]
+        if not all("bytes" in s for s in said):
+            return None
+        return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -2056,6 +2069,8 @@ def run_eval(cfg: Config, weights: dict, args) -> int:
     if rt.main:
         sparsity = mean(result["gate_zero"])
         print(f"cross_entropy {result['cross_entropy']:.6f} nats a token over {result['tokens']} tokens")
+        if per_token := shards.bytes_per_token():
+            print(f"bits a byte {result['cross_entropy'] / math.log(2) / per_token:.4f}")
         print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
         print(f"FLOPs a token: {result['flops_per_token']:.4g} realised, "
               f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")

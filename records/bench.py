@@ -238,6 +238,29 @@ def measure_decoding(bench, batch, rounds, report):
         report.row("decode", *v, batch, batch, median(seconds[v]), flops[v], peak[v])
 
 
+def slowest_kernels(bench, rate, top=5):
+    """The kernels that take most of a gated step at half sparsity: time, share, and for matrix products their part of
+    the machine's own rate (the floor of the others is the memory they move, which the profiler does not know)."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    bench.use("gated", 0.5)
+    with torch.profiler.profile(activities=activities, with_flops=True) as profile:
+        clock(bench.rt, lambda: bench.train("gated", 0.5))
+    rows = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in rows) or 1
+    return [{"kernel": e.key, "calls": e.count, "milliseconds": e.self_device_time_total / 1e3,
+             "share": e.self_device_time_total / total,
+             "of_matmul_rate": e.flops / (1e-6 * e.self_device_time_total) / rate if e.flops else None}
+            for e in rows[:top]]
+
+
+def gpu_tests():
+    """What pytest says of the tests that need a GPU, in its last line."""
+    import subprocess
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "test_skip.py", "-k", "gpu"], cwd=tgs.ROOT,
+                          capture_output=True, text=True)
+    return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+
+
 class Report:
     COLUMNS = ("mode", "variant", "sparsity", "batch", "seconds", "tokens_per_s", "flops_per_token", "speedup",
                "flops_speedup", "efficiency", "mfu", "peak_bytes")
@@ -273,6 +296,7 @@ def main(argv=None):
                         allow_abbrev=False)
     parser.add_argument("--modes", nargs="+", choices=("train", "prefill", "decode"), default=["train", "prefill", "decode"])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
+    parser.add_argument("--gpu_report", action="store_true", help="also run the tests that need a GPU, and profile a step")
     parser.add_argument("--decode_batches", type=int, nargs="+", default=None, help="(default: 1 128, on a GPU 1 64)")
     try:
         args = tgs.add_config_flags(parser).parse_args(argv)
@@ -282,6 +306,9 @@ def main(argv=None):
         size["batch_size"] = explicit.get("device_batch_size", size["batch_size"])
         cfg = tgs.Config(**(size | dict(name="bench", compile=True) | explicit))
         rt = tgs.Runtime(cfg)
+        if args.gpu_report and not cuda:
+            raise tgs.UserError("--gpu_report needs a GPU: leave it out")
+        tests = gpu_tests() if args.gpu_report else None
         bench, report, products = Bench(cfg, rt), Report(), Products(cfg, rt)
         products.time(rt)
         for mode in args.modes:
@@ -293,13 +320,17 @@ def main(argv=None):
         report.compare(products.rate)
         print(f"matrix products alone: {products.rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}")
         print(report.text())
+        kernels = slowest_kernels(bench, products.rate) if args.gpu_report else None
+        for line in [tests, *(kernels or [])] if args.gpu_report else []:
+            print(line)
         folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
     except tgs.UserError as e:
         print(f"bench.py: error: {e}", file=sys.stderr)
         return 2
     env = tgs.environment(rt, {})
     content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
-               "matmul_flops_per_s": products.rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env}
+               "matmul_flops_per_s": products.rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env,
+               "gpu_tests": tests, "kernels": kernels}
     (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"record: {folder}")
     return 0
