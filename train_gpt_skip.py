@@ -5,8 +5,8 @@ in which a skipped token costs nothing: a block computes only the tokens whose g
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, hashlib, json, math, os, platform, re, shlex
-import shutil, signal, subprocess, sys, time, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, hashlib, json, math, os, platform, re
+import shlex, shutil, signal, subprocess, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,12 @@ class Config:
     use_scaled_rope: bool = flag(False, "Llama 3's scaling of the rotary frequencies")
     max_seq_len: int = flag(1024, "sequence length T, in tokens")
     initializer_range: float = flag(0.02, "standard deviation of the initial weights")
-    norm: str = flag("sandwich", "normalise a module's input and output, or its input only", "sandwich", "pre")
-    gate_attention: str = flag("keys", "ln g on keys (Eq. 3), or no gate in attention (released code)", "keys", "none")
-    compute: str = flag("packed", "skip for real, or compute every token and multiply by 0", "packed", "masked")
+    norm: str = flag("sandwich", "normalise a module's input and output, or only its input", "sandwich",
+                     "pre")
+    gate_attention: str = flag("keys", "ln g on keys (Eq. 3), or no gate in attention (as released)", "keys",
+                               "none")
+    compute: str = flag("packed", "skip for real, or compute every token and multiply by 0", "packed",
+                        "masked")
     # gates
     control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
     mean_target_start: float = flag(1.0, "target mean gate of the first block, 0 to 1")
@@ -123,11 +126,11 @@ class Config:
         yield d % H == 0, f"--dim {d} is not a multiple of --n_heads {H}; try --dim {-(-d // H) * H}"
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
-        yield self.vocab_size <= 2**16, f"--vocab_size {self.vocab_size}: shards hold 16-bit tokens, at most 65536"
+        yield self.vocab_size <= 2**16, f"--vocab_size {self.vocab_size}: tokens have 16 bits, at most 65536"
         yield self.batch_size % self.device_batch_size == 0, (
             f"--batch_size {self.batch_size} is not a multiple of --device_batch_size {self.device_batch_size}")
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
-            "--gate_attention none needs --compute masked: there a skipped token is still a key of its blocks, "
+            "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
         for name in ("mean_target_start", "mean_target_end", "warmup_fraction", "beta1", "beta2"):
             yield 0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} is not between 0 and 1"
@@ -135,7 +138,7 @@ class Config:
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
-        yield not (self.resume and self.config), "--resume reads the record's own config.json: leave out --config"
+        yield not (self.resume and self.config), "--resume reads the record's config.json: leave out --config"
 
     @property
     def head_dim(self):
@@ -243,8 +246,8 @@ class Runtime:
 
 
 def keep_freed_memory():
-    """glibc gives large blocks back to the kernel, which clears them page by page when a step asks for them again:
-    a twentieth of a dense step's time, more of a sparse one's. Keep them."""
+    """glibc gives large blocks back to the kernel, which clears them page by page when a step asks again: a
+    twentieth of a dense step's time, more of a sparse one's. Keep them."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -266,7 +269,7 @@ class RMSNorm(nn.Module):
 def rope_table(cfg: Config) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, each (max_seq_len, head_dim / 2), float32."""
     freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
-    if cfg.use_scaled_rope:  # Llama 3.1: stretch wavelengths of over 8192 positions 8-fold, blend down to 2048
+    if cfg.use_scaled_rope:  # Llama 3.1: wavelengths of over 8192 positions 8-fold, a blend to 2048
         smooth = ((8192 * freq / (2 * math.pi) - 1) / 3).clamp(0, 1)
         freq = freq * (smooth + (1 - smooth) / 8)
     angle = torch.outer(torch.arange(cfg.max_seq_len, dtype=torch.float32), freq)
@@ -330,8 +333,8 @@ def padded(x: Tensor, value) -> Tensor:
 def block_tables(seq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Block-sparse tables of the causal same-sequence mask, without an n x n tensor.
 
-    seq: (n,) sorted, n a multiple of ROWS. Returns the number and indices of partly visible key blocks of each
-    query block, then of fully visible ones: (1, 1, nb), (1, 1, nb, nb), (1, 1, nb), (1, 1, nb, nb), int32.
+    seq: (n,) sorted, n a multiple of ROWS. Returns the number and indices of each query block's partly visible
+    key blocks, then of its fully visible ones: (1, 1, nb), (1, 1, nb, nb), (1, 1, nb), (1, 1, nb, nb), int32.
     """
     nb = len(seq) // ROWS
     blocks = seq.view(nb, ROWS)
@@ -360,8 +363,8 @@ def block_mask(seq: Tensor) -> BlockMask:
 
 
 def log_gate(g: Tensor) -> Tensor:
-    """ln g_j of Eq. 3, (n,) float32. A key with g = 0 is removed exactly; where every key that a query sees is
-    removed, the query itself is skipped, and its finite output is multiplied by 0."""
+    """ln g_j of Eq. 3, (n,) float32. A key with g = 0 is removed exactly; where all keys of a query are, the
+    query itself is skipped, and its finite output is multiplied by 0."""
     return torch.where(g > 0, g.clamp(min=EPSILON).log(), REMOVED)
 
 
@@ -389,8 +392,9 @@ def attend_flex(q, k, v, ln_g, mask):
 
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
     eager = torch.compiler.is_compiling() or q.device.type == "cpu"
-    out = (flex_attention if eager else compiled_flex_attention())(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=mask,
-                         enable_gqa=k.shape[1] != q.shape[1])
+    attend = flex_attention if eager else compiled_flex_attention()
+    out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=mask,
+                 enable_gqa=k.shape[1] != q.shape[1])
     return out[0].transpose(0, 1)
 
 
@@ -404,7 +408,7 @@ def attend_rows(q, k, v, ln_g, lengths):
 class RowBlockAttention(torch.autograd.Function):
     """The CPU's kernel: a sequence at a time, in blocks of query rows, over the causal part only.
 
-    Query heads that share a key head are stacked as further rows of it: matrices are (kv_heads, group * rows, .).
+    Query heads that share a key head are stacked as its further rows: matrices are (kv_heads, group * rows, .).
     """
 
     @staticmethod
@@ -515,8 +519,8 @@ def gated_add(x: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The middle-skipping transformer (Section 2.1, Eq. 1 and 2). Gates only close on the way to the middle and the
-# second half mirrors the first, so the active tokens are nested sets and the forward pass is a recursion.
+# The middle-skipping transformer (Section 2.1, Eq. 1 and 2). Gates only close on the way to the middle, and
+# the second half mirrors the first: active tokens are nested sets, and the forward pass is a recursion.
 
 class Router(nn.Module):
     def __init__(self, dim: int):
@@ -530,15 +534,15 @@ class Router(nn.Module):
 
 
 def gate(S: Tensor) -> Tensor:
-    """Eq. 2: g = 1 - clamp(S, 0, 1), for S >= 0. ReLU, since its gradient at S = 1 is 0 and clamp's is not."""
+    """Eq. 2: g = 1 - clamp(S, 0, 1), for S >= 0. ReLU: its gradient at S = 1 is 0, and clamp's is not."""
     return F.relu(1 - S)
 
 
 class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2).
 
-    save_pretrained, from_pretrained and push_to_hub are huggingface_hub's; from_pretrained also reads the authors'
-    checkpoints and a record's folder (`read_weights`).
+    save_pretrained, from_pretrained and push_to_hub are huggingface_hub's; from_pretrained also reads the
+    authors' checkpoints and a record's folder (`read_weights`).
     """
 
     def __init__(self, cfg: Config):
@@ -574,8 +578,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         return ce, stats, depth.view(B, T)
 
     def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
-        """The final residual stream of packed tokens, each (n,): returns it normalised (n, d), the statistics of
-        `span`, and the number of blocks that each token ran (n,)."""
+        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), the
+        statistics of `span` (L/2, 4), and the number of blocks that each token ran (n,)."""
         n, depth, stats = len(tokens), torch.zeros_like(tokens), []
         layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
         h = self.input_norm(self.tok_embeddings(padded(tokens, 0)))
@@ -621,15 +625,16 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         return None if len(keep) == layout.n else keep
 
     def _save_pretrained(self, save_directory: Path):
-        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, "control"]} | {"encoding": encoding_name(self.cfg)}
+        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, "control"]}
+        settings["encoding"] = encoding_name(self.cfg)
         (Path(save_directory) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         export_weights(self, Path(save_directory) / "model.safetensors")
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision=None, **settings):
         stored, state = read_weights(str(model_id), revision)
-        known = {f.name for f in dataclasses.fields(Config)}
-        model = cls(Config(**checkpoint_settings(stored, {}, model_id) | {k: v for k, v in settings.items() if k in known}))
+        flags = {f.name: settings[f.name] for f in dataclasses.fields(Config) if f.name in settings}
+        model = cls(Config(**checkpoint_settings(stored, flags, model_id) | flags))
         load_weights(model, state, model_id)
         return model
 
@@ -655,8 +660,8 @@ def initialise(model: nn.Module, cfg: Config):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of head and softmax without the (n, V) logits: a chunk of rows at a time, whose gradients
-    are made at once, since the loss is the last thing computed. Products in `dtype`, softmax in float32."""
+    """Mean cross-entropy of head and softmax without the (n, V) logits: a chunk of rows at a time, with its
+    gradients, since the loss is the last thing computed. Products in `dtype`, softmax in float32."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, dtype, chunk_loss, wanted):
@@ -684,8 +689,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tuple[Tensor, Tensor]:
-    """Share of the mean over n rows of logits (rows, V or more), targets (rows, 1); and d loss / d logits. Columns
-    beyond the vocabulary are padding, outside the softmax."""
+    """Share of the mean loss over n rows, of logits (rows, V or more) and targets (rows, 1); and its gradient
+    by the logits. Columns beyond the vocabulary are padding, outside the softmax."""
     z = logits.float()
     z[:, vocab_size:] = REMOVED
     lse = z.logsumexp(1, keepdim=True)
@@ -695,7 +700,7 @@ def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tupl
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Gate statistics and control (Section 2.4, Eq. 4-6, Table 1). Levels l < L/2; block L - 1 - l mirrors block l.
+# Gate statistics and control (Section 2.4, Eq. 4-6, Table 1) of levels l < L/2; block L-1-l mirrors block l.
 
 def moments(stats: Tensor, n: int) -> Tensor:
     """Mean and population variance (Eq. 4) of the gates of n tokens: (2, L/2), from the sums of `span`."""
@@ -712,11 +717,12 @@ def mirrored(x) -> list[float]:
 def gate_report(stats: Tensor, n: int) -> dict:
     """What the records say of the gates: mean, variance, and share that is exactly 0, each of L layers."""
     mean, var = moments(stats, n)
-    return {"gate_mean": mirrored(mean), "gate_var": mirrored(var), "gate_zero": mirrored(1 - stats[:, 2] / n)}
+    zero = 1 - stats[:, 2] / n
+    return {"gate_mean": mirrored(mean), "gate_var": mirrored(var), "gate_zero": mirrored(zero)}
 
 
 class GateControl:
-    """Coefficients alpha (of the mean) and beta (of the variance) of every level, and the rule that moves them.
+    """Coefficients alpha (of the mean) and beta (of the variance) of every level, and what moves them.
 
     Row 0 of each (2, L/2) tensor belongs to the mean, row 1 to the variance: every rule treats them alike.
     """
@@ -730,7 +736,7 @@ class GateControl:
         self.average = None  # exponential moving average of the deviation, over 10 steps
 
     def loss(self, observed: Tensor) -> Tensor:
-        """Eq. 5: the mean over layers of alpha mean + beta variance; observed is `moments` of a micro-batch."""
+        """Eq. 5: mean over layers of alpha mean + beta variance; observed: `moments` of a micro-batch."""
         if self.rule == "sparsity_variance_l2":
             observed = (observed - self.target).square()
         return (self.coef * observed).sum() / self.coef.shape[1]
@@ -742,7 +748,7 @@ class GateControl:
         self.average = deviation if self.average is None else 0.9 * self.average + 0.1 * deviation
         move = deviation.sign() if self.rule == "adaptive" else deviation
         moves = deviation.abs() > self.delta
-        if self.rule == "proportional_derivative":  # only while the deviation grows: its 1-step average is itself
+        if self.rule == "proportional_derivative":  # while the deviation grows; its 1-step average is itself
             moves &= deviation * (deviation - self.average) > 0
         self.coef += self.gamma * move * moves
 
@@ -758,8 +764,8 @@ class GateControl:
 def failure_signature(cfg: Config, step: int, ce: float, history: list[dict]) -> str | None:
     """The paper's ways to fail, as a sentence, if the validation at this step shows one."""
     event, first, best = history[-1], history[0]["cross_entropy"], min(e["cross_entropy"] for e in history)
-    adaptive = CONTROLS[cfg.control][2] > 0
-    if adaptive and cfg.mean_target_end < 0.95 and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
+    aims = CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
+    if aims and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
         return "collapse to dense: no gate is closed although the targets ask for it; try a larger --coef_update"
     if step and ce > first + 0.1:
         return "divergence: validation loss is above where it began; try a lower --lr or --norm sandwich"
@@ -792,8 +798,8 @@ def block_weights(cfg: Config) -> int:
 
 
 def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> float:
-    """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head ran on
-    `heads` of them (default: all)."""
+    """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head
+    ran on `heads` of them (default: all)."""
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
     rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
     blocks = 2 * (2 * rows * block_weights(cfg) + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
@@ -983,9 +989,9 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
 
 
 @torch.no_grad()
-def token_losses(model: MiddleSkippingTransformer, rt: Runtime, rows: list[list[int]]) -> tuple[list[Tensor], Tensor]:
-    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens), and the summed
-    statistics of `span`. Rows of any lengths are packed together."""
+def token_losses(model: MiddleSkippingTransformer, rt: Runtime, rows: list[list[int]]):
+    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens): a list of
+    tensors; and the summed statistics of `span`. Rows of any lengths are packed together."""
     out, totals, room = [], 0, model.cfg.device_batch_size * model.cfg.max_seq_len
     while len(out) < len(rows):
         batch, n = [], 0
@@ -1017,8 +1023,9 @@ def evaluate_text(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> s
     losses, stats = token_losses(model, rt, rows)
     nats, n = sum(x.sum().item() for x in losses), len(tokens) - 1
     sparsity = mean(gate_report(stats, n)["gate_zero"])
-    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {nats / math.log(2) / len(text.encode()):.4f} bits a "
-            f"byte, sparsity {sparsity:.4f}, {n} tokens")
+    bits = nats / math.log(2) / len(text.encode())
+    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {bits:.4f} bits a byte, "
+            f"sparsity {sparsity:.4f}, {n} tokens")
 
 
 def read_text(path: str) -> str:
@@ -1029,8 +1036,8 @@ def read_text(path: str) -> str:
 
 
 def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
-    """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: the ending of the largest log-probability
-    a token (and, not normalised, in all), given the context."""
+    """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
+    given the context is largest, a token (acc_norm) or in all (acc)."""
     encoding, T = get_encoding(encoding_name(model.cfg)), model.cfg.max_seq_len
     right = right_sum = n = 0
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -1052,10 +1059,10 @@ def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str)
 
 
 class DepthTable:
-    """Mean depth over a corpus, by token and by position in the word and in the document: do the tokens that skip
-    form a hierarchy? A word begins after white space; a document, at the end-of-text token."""
+    """Mean depth over a corpus, by token and by position in the word and in the document: do the tokens that
+    skip form a hierarchy? A word begins after white space; a document, at the end-of-text token."""
 
-    WORD, DOCUMENT = 8, 12  # later positions in a word count as the last; positions in a document by powers of two
+    WORD, DOCUMENT = 8, 12  # later positions in a word count as the last; in a document, powers of two
 
     def __init__(self, cfg: Config, rt: Runtime):
         self.rt, self.end = rt, 256 if encoding_name(cfg) == "bytes" else 50256
@@ -1081,7 +1088,7 @@ class DepthTable:
         """(what, mean depth, occurrences), by title; tokens that are rarer than at_least are left out."""
         for sums in self.sums.values():
             self.rt.sum(sums)
-        named = {"token": self.names, "position in the word": [str(i) for i in range(self.WORD - 1)] + ["later"],
+        named = {"token": self.names, "position in the word": [*map(str, range(self.WORD - 1)), "later"],
                  "position in the document": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.DOCUMENT)]}
         rows = {title: [(name, d / n, int(n)) for name, d, n in zip(named[title], *sums.tolist()) if n]
                 for title, sums in self.sums.items()}
@@ -1090,7 +1097,7 @@ class DepthTable:
 
 
 def token_texts(cfg: Config) -> list[str]:
-    """The text of every token of the vocabulary; its number where the tokeniser is not at hand or has no text."""
+    """The text of every token of the vocabulary; its number where there is no text or no tokeniser."""
     def text(encoding, i):
         with contextlib.suppress(KeyError):
             return encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
@@ -1121,7 +1128,7 @@ class LayerCache:
         self.k = self.v = self.ln_g = None  # (rows, kv_heads, columns, head_dim) twice, (rows, columns)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
-        """As gated_attention, for rows that may follow cached ones: a whole prompt, or one token a sequence."""
+        """As gated_attention, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
         first = self.k is None
         seq, n = layout.seq[:layout.n], layout.n
         start = layout.counts.cumsum(0) - layout.counts
@@ -1146,7 +1153,8 @@ class LayerCache:
 
     def attend_rows(self, q: Tensor, rows, m: int) -> Tensor:
         bias = self.ln_g[rows, None, None, :m].to(q.dtype)
-        return F.scaled_dot_product_attention(q, self.k[rows, :, :m], self.v[rows, :, :m], attn_mask=bias).contiguous()
+        k, v = self.k[rows, :, :m], self.v[rows, :, :m]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).contiguous()
 
     def reserve(self, columns: int, like: Tensor):
         """Room for that many columns; empty ones have a logit that gives them no weight."""
@@ -1176,8 +1184,8 @@ class Decoder:
 
     @torch.no_grad()
     def append(self, tokens: dict[int, list[int]]) -> tuple[Tensor, Tensor]:
-        """Run new tokens of some rows, by row. Returns logits of the last of each row (rows, V), float32, and the
-        depth of every token, row after row."""
+        """Run new tokens of some rows, by row. Returns logits of the last of each row (rows, V), float32, and
+        the depth of every token, row after row."""
         ids = [t for row in tokens.values() for t in row]
         seq = [b for b, row in tokens.items() for _ in row]
         pos = [self.lengths[b] + i for b, row in tokens.items() for i in range(len(row))]
@@ -1199,7 +1207,7 @@ class Token(NamedTuple):
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> Tensor:
-    """One token a row of logits (n, V): the likeliest at temperature 0, else drawn from the top k, then from the
+    """One token a row of logits (n, V): the likeliest at temperature 0, else drawn from the top k of the
     likeliest that together reach probability top_p."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -1239,7 +1247,8 @@ def get_encoding(name: str):
     """The tiktoken.Encoding "gpt2", or "bytes": the 256 single bytes and <|endoftext|> = 256."""
     import tiktoken
     if name == "bytes":
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)},
+        ranks = {bytes([b]): b for b in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": 256})
     try:
         return tiktoken.get_encoding(name)
@@ -1325,7 +1334,8 @@ def html_page(samples: list[tuple[list[tuple[str, Token]], int]], n_layers: int,
                      for d in range(0, n_layers + 1, 2))
     body = []
     for text, prompt_tokens in samples:
-        body.append("<pre>" + "".join(span(s, t, i < prompt_tokens) for i, (s, t) in enumerate(text)) + "</pre>")
+        spans = [span(piece, token, i < prompt_tokens) for i, (piece, token) in enumerate(text)]
+        body.append(f"<pre>{''.join(spans)}</pre>")
     return PAGE.format(title=escape(title), legend=legend, n_layers=n_layers, samples="\n".join(body))
 
 
