@@ -215,7 +215,11 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
+            store, timeout = next(dist.rendezvous("env://"))[0], datetime.timedelta(minutes=10)
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts share a store: hide old addresses
+                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
+                                    timeout=timeout)
 
     @property
     def main(self):
@@ -1875,8 +1879,10 @@ OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
 def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
     """Defaults, then a preset, a record's config or a checkpoint's sizes, then flags. Returns weights, if any."""
     settings, weights = dict(PRESETS.get(explicit.get("preset"), {})), None
-    if command == "train" and not explicit.get("resume") and (record := restarted_record(explicit)):
-        explicit = explicit | {"resume": str(record)}
+    if explicit.get("config"):
+        settings |= recorded_settings(Path(explicit["config"]))
+    if command == "train" and not explicit.get("resume"):
+        explicit = explicit | restarted_record(settings | explicit)
     if explicit.get("resume"):
         path = Path(explicit["resume"]) / "config.json"
         if not path.exists():
@@ -1886,8 +1892,6 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
             raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {explicit['resume']}, "
                             f"which has {settings.get(wrong[0])}: leave the flag out")
-    elif explicit.get("config"):
-        settings |= recorded_settings(Path(explicit["config"]))
     source = args.checkpoint if command != "train" else explicit.get("init_from", settings.get("init_from"))
     if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
         stored, weights = read_weights(source)
@@ -1900,12 +1904,13 @@ RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "s
                      "device_batch_size", "preset"}
 
 
-def restarted_record(explicit: dict) -> Path | None:
-    """The record that this torchrun had begun when it restarted its processes (--max_restarts)."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        begun = Path(explicit.get("records_dir", Config.records_dir)).glob("*/env.json")
-        return max((p.parent for p in begun if read_json(p).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]),
-                   default=None)
+def restarted_record(settings: dict) -> dict:
+    """--resume of the record that this torchrun began before it restarted its processes (--max_restarts), or {}."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return {}
+    begun = sorted(Path(settings.get("records_dir", Config.records_dir)).glob("*/env.json"))
+    mine = [p for p in begun if read_json(p).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]]
+    return {"resume": str(mine[-1].parent)} if mine else {}
 
 
 def recorded_settings(path: Path) -> dict:
@@ -1977,7 +1982,7 @@ def run_sample(cfg: Config, weights: dict, args) -> int:
     return 0
 
 
-LOST_PEER = re.compile("clos|reset|[Bb]roken pipe|[Tt]imed out|remote process")  # what gloo, nccl, the store say
+LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")  # what gloo, nccl, the store say
 
 
 def report(kind: str, what, own: bool = False):
@@ -2004,7 +2009,7 @@ def main(argv: list[str] | None = None) -> int:
         report("stopped", "interrupted before the first step")
         return 130
     except RuntimeError as e:
-        if not (dist.is_initialized() and LOST_PEER.search(str(e))):
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST_PEER.search(str(e)):
             raise
         report("stopped", "another process is gone; go on from the last checkpoint with --resume")
         return 1
