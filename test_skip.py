@@ -2,7 +2,7 @@
 
 The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the script.
 """
-import errno, fcntl, hashlib, importlib, importlib.util, json, math, os, pty, random, re, shutil, signal, socket
+import errno, fcntl, hashlib, importlib, importlib.util, json, math, os, pickle, pty, random, re, shutil, signal, socket
 import struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -900,6 +900,594 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Nothing lost: resume, faults, bad input, several processes
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    monkeypatch.setattr(tgs, "plot", lambda *args: None)  # a second a run
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_of_a_run_end_with_its_test():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def throw(e):
+    raise e
+
+
+class Ranks:
+    """The script as `world` processes (forked: nothing to import again), each with its output in a file.
+
+    `before(rank)` runs in each first, to plant a fault."""
+
+    def __init__(self, folder, argv, world=1, before=lambda rank: None):
+        folder.mkdir(exist_ok=True, parents=True)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        sys.stdout.flush(), sys.stderr.flush()
+        self.outputs, self.pids, self.statuses = [folder / f"rank_{r}.txt" for r in range(world)], [], [None] * world
+        for rank in range(world):
+            if pid := os.fork():
+                self.pids.append(pid)
+                continue
+            status = 99
+            try:
+                with open(self.outputs[rank], "w") as out:
+                    os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+                if world > 1:
+                    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                before(rank)
+                status = tgs.main([str(a) for a in argv])
+                sys.stdout.flush()
+            except BaseException:
+                import traceback
+                traceback.print_exc(file=sys.stderr)
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+
+    def poll(self):
+        for i, pid in enumerate(self.pids):
+            if self.statuses[i] is None and (found := os.waitpid(pid, os.WNOHANG)) != (0, 0):
+                self.statuses[i] = os.waitstatus_to_exitcode(found[1])
+        return self.statuses
+
+    def wait(self, timeout=60):
+        end = time.monotonic() + timeout
+        while None in self.poll():
+            if time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"still running after {timeout} s: {self.statuses}\n{self.text()}")
+            time.sleep(0.005)
+        return self.statuses
+
+    def kill(self):
+        for i, pid in enumerate(self.pids):
+            if self.poll()[i] is None:
+                os.kill(pid, signal.SIGKILL)
+
+    def text(self):
+        return "".join(path.read_text() for path in self.outputs if path.exists())
+
+    def errors(self):
+        return [line for line in self.text().splitlines() if line.startswith("train_gpt_skip.py: ")]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.003)
+
+
+def timeless(record):
+    """What a run measured, without what the clock says."""
+    return [{k: v for k, v in e.items() if k not in ("train_s", "tokens_per_s", "val_s")} for e in events(record)]
+
+
+def end_of(record):
+    """All that a run must end with: its events, its weights byte for byte, its two last checkpoints."""
+    names = [p.name for p in tgs.checkpoints(record)]
+    assert not list(record.glob("*.partial")) and len(names) <= 2
+    state = tgs.read_checkpoint(record / names[-1])
+    moments = [t.clone() for s in state["optimizer"]["state"].values() for t in s.values()]
+    return timeless(record), (record / "model.safetensors").read_bytes(), names, state["place"], moments
+
+
+def same_end(a, b):
+    return a[:4] == b[:4] and len(a[4]) == len(b[4]) and all(map(torch.equal, a[4], b[4]))
+
+
+def refused_in_one_line(capsys, argv, *words, status=2):
+    capsys.readouterr()
+    assert tgs.main([str(a) for a in argv]) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(w in error for w in words), error
+
+
+DRIVEN = dict(control="proportional_derivative", coef_update=0.5, mean_target_end=0.2, initializer_range=0.3)
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_if_nothing_had_happened(tmp_path, corpus, no_plot):
+    """SIGKILL at random moments, and where it hurts most: amid a write, before and after a rename."""
+    kw = dict(num_steps=40, save_every=2, val_every=5, **DRIVEN)
+    assert Ranks(tmp_path, flags(corpus, tmp_path / "whole", **kw)).wait() == [0]
+    rng = random.Random(0)
+
+    def dies_at(module, name, call, after=False):
+        def before(rank, calls=[0]):
+            real = getattr(module, name)
+
+            def fatal(*args, **kwargs):
+                calls[0] += 1
+                done = real(*args, **kwargs) if after and calls[0] == call else None
+                if calls[0] == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return done or real(*args, **kwargs)
+            setattr(module, name, fatal)
+        return before
+
+    argv, metrics = flags(corpus, tmp_path / "cut", **kw), None
+    plans = [(dies_at(os, "fsync", 9), None), (dies_at(os, "replace", 3), None), (dies_at(os, "replace", 2, True), None),
+             (dies_at(torch, "save", 3, True), None)] + [(lambda rank: None, rng.uniform(0, 0.15)) for _ in range(4)]
+    for before, delay in plans:
+        run = Ranks(tmp_path, argv, before=before)
+        if delay is not None:
+            size = metrics.stat().st_mtime_ns
+            wait_for(lambda: metrics.stat().st_mtime_ns != size or None not in run.poll())
+            time.sleep(delay)
+            run.kill()
+        assert run.wait() == [-signal.SIGKILL], run.text()
+        record = only_record(tmp_path / "cut")
+        argv, metrics = flags(corpus, tmp_path / "cut", **kw, resume=record), record / "metrics.jsonl"
+    assert 0 < len(events(record)) < 49
+    assert Ranks(tmp_path, argv).wait() == [0]
+    assert same_end(end_of(record), end_of(only_record(tmp_path / "whole")))
+
+
+def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole(tmp_path, corpus, capsys, no_plot):
+    argv = flags(corpus, tmp_path, num_steps=6, save_every=2, val_every=2, **DRIVEN)
+    assert tgs.main(argv) == 0
+    record, argv = only_record(tmp_path), argv + ["--resume", str(only_record(tmp_path))]
+    whole, last = end_of(record), record / "checkpoint_6.pt"
+    assert whole[2] == ["checkpoint_4.pt", "checkpoint_6.pt"]
+
+    def resumes(step, warnings=0):
+        capsys.readouterr()
+        assert tgs.main(argv) == 0
+        seen = capsys.readouterr()
+        assert seen.err.count("WARNING") == seen.err.count("\n") == warnings and f"resumed at step {step}\n" in seen.out
+        assert same_end(end_of(record), whole)
+        return seen.err
+
+    resumes(6)  # a finished run ends once more, and loses nothing
+    for damage in (lambda b: b[:len(b) // 2], lambda b: b[:3000] + bytes([b[3000] ^ 1]) + b[3001:], lambda b: b""):
+        last.write_bytes(damage(last.read_bytes()))
+        (record / "checkpoint_8.pt.partial").write_bytes(b"torn")
+        (record / "checkpoint_old.pt").write_bytes(b"mine")  # not of ours: left alone
+        with open(record / "metrics.jsonl", "a") as f:
+            f.write('{"kind": "train", "st')
+        assert str(last) in resumes(4, warnings=1)
+        assert (record / "checkpoint_old.pt").read_bytes() == b"mine"
+    (record / "checkpoint_old.pt").unlink()
+
+    events_then = (record / "metrics.jsonl").read_bytes()
+    (record / "metrics.jsonl").write_bytes(events_then[:-900])
+    assert "fewer than" in resumes(4, warnings=1)
+    for path in tgs.checkpoints(record):
+        path.write_bytes(b"damaged")
+    assert tgs.main(argv) == 2 and "remove them to start at step 0" in capsys.readouterr().err
+    for path in tgs.checkpoints(record):
+        path.unlink()
+    resumes(0)
+    for name, value in (("lr", 0.5), ("seed", 3), ("control", "none"), ("train_files", "other_*.bin")):
+        refused_in_one_line(capsys, argv + [f"--{name}", str(value)], f"--{name} {value} disagrees", "leave the flag out")
+    assert tgs.main(["--resume", str(record), "--log_every", "2"]) == 0 and same_end(end_of(record), whole)
+    assert len(list(tmp_path.iterdir())) == 1
+
+    state = torch.load(last)  # whole, but not of this run
+    for change in (dict(model={}), dict(optimizer=3), dict(control={}), dict(step="six"), dict(step=700), dict(place=None),
+                   dict(place=(9, 0)), dict(rng=1), dict(train_s="long"), dict(control=dict(coef=torch.zeros(1), average=None))):
+        torch.save(state | change, last)
+        refused_in_one_line(capsys, argv, str(last))
+    assert timeless(record) == whole[0]
+
+
+def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_checkpoint(tmp_path, corpus, no_plot):
+    assert tgs.main(flags(corpus, tmp_path / "a", num_steps=1)) == 0
+    first = only_record(tmp_path / "a")
+    argv = ["--records_dir", str(tmp_path / "b"), "--config", str(first / "config.json"), "--init_from", str(first)]
+    assert tgs.main(argv) == 0
+    record = only_record(tmp_path / "b")
+    whole = end_of(record)
+    for path in tgs.checkpoints(record):
+        path.unlink()
+    assert tgs.main(argv + ["--resume", str(record)]) == 0
+    assert same_end(end_of(record), whole)
+    assert timeless(record)[0]["cross_entropy"] == timeless(first)[-1]["cross_entropy"]  # they began from its weights
+
+
+def test_runs_that_start_in_the_same_second_write_records_of_their_own(tmp_path, corpus, no_plot):
+    runs = [Ranks(tmp_path / f"out_{i}", flags(corpus, tmp_path / "records", num_steps=1, name="twin")) for i in (0, 1)]
+    assert [run.wait() for run in runs] == [[0], [0]]
+    stamp = lambda: tgs.make_folder(tmp_path / "folders", "x")
+    threads = [threading.Thread(target=stamp) for _ in range(20)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert len(list((tmp_path / "records").iterdir())) == 2 and len(list((tmp_path / "folders").iterdir())) == 20
+
+
+# Signals
+
+@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_that_resumes(tmp_path, corpus, number, world):
+    """Of two ranks one gets the signal; both end after the same step."""
+    argv = flags(corpus, tmp_path / "r", num_steps=9999, val_every=9999, **DRIVEN)
+    run = Ranks(tmp_path, argv, world)
+    wait_for(lambda: list((tmp_path / "r").glob("*/metrics.jsonl")))
+    record = only_record(tmp_path / "r")
+    wait_for(lambda: len(events(record, "train")) > 3)
+    os.kill(run.pids[-1], number)
+    assert run.wait(20) == [0] * world and not run.errors(), run.text()
+    summary, step = json.loads((record / "summary.json").read_text()), len(events(record, "train"))
+    assert summary["interrupted"] and summary["step"] == step
+    assert [p.name for p in tgs.checkpoints(record)] == [f"checkpoint_{step}.pt"]
+    command = run.text().splitlines()[-1].split("go on with: ")[1].split()
+    assert command[0] == "python" and command[2:] == ["--resume", str(record)]
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path, corpus):
+    def slow(rank):
+        tgs.learning_rate = lambda step, cfg: time.sleep(60)
+    run = Ranks(tmp_path, flags(corpus, tmp_path / "r"), before=slow)
+    wait_for(lambda: "step 0/3" in run.text())
+    time.sleep(0.1), os.kill(run.pids[0], signal.SIGTERM), time.sleep(0.1)
+    assert run.poll() == [None]
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait(5) == [128 + signal.SIGTERM]
+
+
+def test_an_interrupt_before_the_first_step_is_one_line_too(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr(tgs, "build_model", lambda *args: throw(KeyboardInterrupt))
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted before the first step", status=130)
+    assert not (tmp_path / "r").exists()
+
+
+# Divergence
+
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path, corpus, capsys, monkeypatch):
+    real, seen = tgs.Trainer.micro_step, []
+
+    def poisoned(trainer, x, y):
+        out = real(trainer, x, y)
+        if trainer.loader.place[1] == 3 * 32:  # in step 3
+            seen.append((trainer, {k: v.clone() for k, v in trainer.model.state_dict().items()}))
+            trainer.model.output.weight.grad[0, 0] = math.inf
+        return out
+
+    monkeypatch.setattr(tgs.Trainer, "micro_step", poisoned)
+    argv = flags(corpus, tmp_path / "a", num_steps=6, save_every=2)
+    refused_in_one_line(capsys, argv, "gradient", "step 3", "c_train_000001.bin", "token 96", "--lr", status=3)
+    trainer, weights = seen[-1]
+    assert all(torch.equal(v, weights[k]) for k, v in trainer.model.state_dict().items())
+    checkpoint, = tgs.checkpoints(only_record(tmp_path / "a"))
+    assert checkpoint.name == "checkpoint_2.pt" and tgs.read_checkpoint(checkpoint)["step"] == 2
+
+    monkeypatch.setattr(tgs.Trainer, "micro_step", real)
+    huge = ["--lr", "1e38", "--warmup_fraction", "0"]
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "b") + huge, "loss on rank 0", "step 1", "token 32", status=3)
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "c", num_steps=1) + huge, "validation loss", "step 1", status=3)
+    assert not (only_record(tmp_path / "c") / "summary.json").exists()
+
+
+# Bad input
+
+def shard_header(*values):
+    return np.array(values + (0,) * (256 - len(values)), "<i4").tobytes()
+
+
+def test_every_malformed_shard_is_one_line_that_names_it_before_a_record_is_made(tmp_path, corpus, capsys):
+    path, tokens = tmp_path / "bad.bin", np.arange(200, dtype="<u2").__mod__(11).tobytes()
+    good = shard_header(20240520, 1, 200)
+    for content, word in [
+            (b"", "too short"), (good[:1000], "too short"), (shard_header(20240521, 1, 200) + tokens, "begins with 20240521"),
+            (shard_header(20240520, 2, 200) + tokens, "version 2"), (np.frombuffer(good, "<i4").byteswap().tobytes() + tokens, "big-endian"),
+            *[(shard_header(20240520, 1, n) + tokens, f"says {n} tokens but holds 200") for n in (201, 199, -1, 0, 2**31 - 1)],
+            (good + tokens + b"x", "holds 200.5"), (good + tokens[:-2], "holds 199"), (good, "holds 0"),
+            (shard_header(20240520, 1, 20) + tokens[:40], "smaller --batch_size")]:
+        path.write_bytes(content)
+        refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), word, str(path))
+    path.write_bytes(shard_header(20240520, 1, 8) + tokens[:16])
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", val_files=path), "--val_files", "--max_seq_len")
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=tmp_path / "none_*.bin"), "matches no file")
+    path.unlink(), path.mkdir()
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path), "directory")
+    path.rmdir()
+    write_shard(path, [1] * 200).chmod(0)
+    if not os.access(path, os.R_OK):  # root reads everything
+        refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path), "Permission denied")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_token_beyond_the_vocabulary_is_found_before_it_reaches_the_model_also_when_read_ahead(tmp_path, corpus, capsys):
+    tokens = np.arange(200) % 11
+    tokens[3 * 32 + 20] = 60000
+    path = write_shard(tmp_path / "bad.bin", tokens)
+    words = (str(path), "token 60000", "position 116", "--vocab_size 11")
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path, num_steps=5), *words)
+    assert [e["step"] for e in events(only_record(tmp_path / "r"), "train")] == [0, 1, 2]
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "v", val_files=path), *words)
+
+
+def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is_made(tmp_path, corpus, capsys):
+    """And a pickle that would run code is refused, and nothing of it runs."""
+    assert tgs.main(flags(corpus, tmp_path / "good", num_steps=1)) == 0
+    good, bad, ran = only_record(tmp_path / "good"), tmp_path / "bad", tmp_path / "ran"
+    state, config = torch.load(good / "checkpoint_1.pt"), (good / "config.json").read_text()
+    model, weight = state["model"], "layers.0.attention.wq.weight"
+    data = (good / "checkpoint_1.pt").read_bytes()
+    bad.mkdir()
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    def refuses(content, *words, config=config, name="checkpoint_1.pt"):
+        for path in bad.iterdir():
+            path.unlink()
+        if config is not None:
+            (bad / "config.json").write_text(config)
+        if isinstance(content, bytes):
+            (bad / name).write_bytes(content)
+        elif content is not None:
+            torch.save(content, bad / name)
+        for source in (bad, bad / name) if content is not None else (bad,):
+            refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=source, dim=None, n_layers=None), str(bad), *words)
+
+    refuses(data[:len(data) // 2], "damaged"), refuses(b"", "damaged"), refuses(b"not a checkpoint", "damaged")
+    refuses(data[:3000] + bytes([data[3000] ^ 1]) + data[3001:], "damaged")
+    refuses(pickle.dumps(Evil()), "damaged"), refuses({"model": Evil()}, "damaged"), refuses(Evil(), "damaged")
+    refuses([1], "not a dictionary"), refuses({"model": [1]}, "not a dictionary"), refuses({"model": {3: model[weight]}}, "not a dictionary")
+    refuses({"model": {}}, "lacks"), refuses({"model": model | {"more": model[weight]}}, "also has more")
+    refuses({"model": model | {weight: torch.zeros(3)}}, weight, "[3]"), refuses({"model": model | {weight: "text"}}, weight, "str")
+    refuses({"model": model | {weight: model[weight].long()}}, weight, "int64"), refuses(None, "has no checkpoint")
+    refuses(data, "no config.json", config=None), refuses(data, "cannot be read as JSON", config=config[:50])
+    refuses(data, "not a JSON object", config="[1]"), refuses(data, "does not say dim", config='{"n_layers": 4}')
+    refuses(data, "not a dictionary", config='{"model": 3}'), refuses(data, "cannot be read as JSON", config="[" * 100_000)
+    weights = (good / "model.safetensors").read_bytes()
+    refuses(weights[:-100], "damaged", name="model.safetensors"), refuses(b"{", "damaged", name="model.safetensors")
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=good, dim=32), "--dim 32 disagrees", str(good))
+    assert not ran.exists() and not (tmp_path / "r").exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(head=st.lists(st.integers(-2**31, 2**31 - 1) | st.sampled_from([20240520, 1, 0, 5]), max_size=4), cut=st.integers(0, 1100),
+       size=st.integers(0, 12), real=st.integers(0, 3))
+def test_no_header_of_a_shard_is_more_than_accepted_or_refused(tmp_path_factory, head, cut, size, real):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
+    values = ((20240520, 1, size)[:real] + tuple(head))[:256]
+    path.write_bytes((shard_header(*values) + bytes(2 * size))[:1024 + 2 * size if real else cut])
+    try:
+        assert len(tgs.open_shard(path)) == size > 0 and values[:3] == (20240520, 1, size)
+    except UserError as e:
+        assert str(path) in str(e) and "\n" not in str(e)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(at=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3), cut=st.none() | st.floats(0, 1), seed=st.integers(0, 9))
+def test_no_damage_to_a_checkpoint_changes_what_is_read_from_it(tmp_path_factory, at, cut, seed):
+    """Read whole and the same, or refused in one line."""
+    path, content = tmp_path_factory.getbasetemp() / "fuzzed.pt", {"model": {"w": torch.arange(40.0)}, "step": 3}
+    torch.save(content, path)
+    data = bytearray(path.read_bytes())
+    for place, value in at:
+        data[int(place * (len(data) - 1))] = value
+    path.write_bytes(data if cut is None else data[:int(cut * len(data))])
+    try:
+        state = tgs.read_checkpoint(path)
+        assert state["step"] == 3 and torch.equal(state["model"]["w"], content["model"]["w"])
+    except UserError as e:
+        assert str(path) in str(e) and "\n" not in str(e)
+
+
+# Disk
+
+def test_a_full_disk_stops_the_run_in_one_line_with_the_checkpoint_before_intact_and_nothing_half_written(
+        tmp_path, corpus, capsys, monkeypatch, no_plot):
+    kw = dict(num_steps=6, save_every=2, **DRIVEN)
+    assert tgs.main(flags(corpus, tmp_path / "whole", **kw)) == 0
+    whole = end_of(only_record(tmp_path / "whole"))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fsync(descriptor, calls=[]):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint_4.pt.partial"):
+            raise full
+    for i, (module, name, fault) in enumerate([
+            (os, "fsync", fsync), (torch, "save", lambda s, f, real=torch.save: real(s, f) if s["step"] < 4 else throw(full))]):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, fault)
+            refused_in_one_line(capsys, flags(corpus, tmp_path / f"r{i}", **kw), "checkpoint_4.pt cannot be written",
+                                "No space left", "--resume")
+        record = only_record(tmp_path / f"r{i}")
+        assert [p.name for p in tgs.checkpoints(record)] == ["checkpoint_2.pt"] and not list(record.glob("*.partial"))
+        assert tgs.main(["--resume", str(record)]) == 0 and same_end(end_of(record), whole)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs the right to mount")
+def test_a_run_on_a_full_file_system_says_so_and_goes_on_when_there_is_room(tmp_path, corpus, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        kw = dict(num_steps=6, save_every=2, dim=32)
+        refused_in_one_line(capsys, flags(corpus, disk, **kw), "cannot be written", "--resume")
+        record = only_record(disk)
+        assert not list(record.glob("*.partial"))
+        step = max([tgs.read_checkpoint(p)["step"] for p in tgs.checkpoints(record)], default=0)
+        assert len(events(record, "train")) >= step
+        with open(disk / "lines", "ab", buffering=0) as f, pytest.raises(UserError, match="No space left"):
+            tgs.Record.append(None, f, "fits")
+            tgs.Record.append(None, f, "y" * 600_000)
+        assert (disk / "lines").read_text() == "fits\n"
+        subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
+        assert tgs.main(["--resume", str(record)]) == 0
+        assert tgs.main(flags(corpus, tmp_path / "whole", **kw)) == 0
+        assert same_end(end_of(record), end_of(only_record(tmp_path / "whole")))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# Several processes
+
+def losses(record):
+    return [[e[k] for k in ("loss", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef") if k in e]
+            for e in events(record)]
+
+
+def assert_same_losses(a, b):
+    flat = [[x for v in e for x in (v if isinstance(v, list) else [v])] for e in a], [
+        [x for v in e for x in (v if isinstance(v, list) else [v])] for e in b]
+    assert len(a) == len(b) and all(x == pytest.approx(y, rel=1e-3, abs=2e-5) for x, y in zip(*flat))
+
+
+def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_when_it_changes_on_resume(tmp_path, corpus, no_plot):
+    """And gradients synchronise once a step, not on the micro-batches of an accumulation."""
+    kw = dict(num_steps=6, save_every=3, val_every=3, device_batch_size=1, **DRIVEN)
+
+    def counting(rank):
+        real, calls = torch.nn.parallel.DistributedDataParallel, []
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def counted(*args, **kwargs):
+            model = real(*args, **kwargs)
+
+            def hook(group, bucket):
+                calls.append(1)
+                (tmp_path / f"calls_{rank}").write_text(str(len(calls)))
+                return allreduce_hook(group, bucket)
+            model.register_comm_hook(None, hook)
+            return model
+        torch.nn.parallel.DistributedDataParallel = counted
+
+    def interrupted(rank):
+        real = tgs.Trainer.train_step
+
+        def step(trainer, i):
+            trainer.stop += i == 3
+            return real(trainer, i)
+        tgs.Trainer.train_step = step
+
+    for world, before in ((1, lambda rank: None), (2, counting), (4, lambda rank: None)):
+        run = Ranks(tmp_path, flags(corpus, tmp_path / str(world), **kw), world, before)
+        assert run.wait() == [0] * world, run.text()
+    one, two, four = (losses(only_record(tmp_path / w)) for w in "124")
+    assert_same_losses(one, two), assert_same_losses(one, four)
+    assert any(0 < z < 1 for e in events(only_record(tmp_path / "1")) for z in e["gate_zero"])  # some skip, some not
+    assert [(tmp_path / f"calls_{r}").read_text() for r in (0, 1)] == ["6", "6"]  # one bucket; two micro-batches a step
+    for first, then in ((1, 2), (4, 1)):
+        folder = tmp_path / f"{first}_then_{then}"
+        assert Ranks(tmp_path, flags(corpus, folder, **kw), first, interrupted).wait() == [0] * first
+        assert len(events(only_record(folder), "train")) == 4
+        assert Ranks(tmp_path, ["--resume", only_record(folder)], then).wait() == [0] * then
+        assert_same_losses(one, losses(only_record(folder)))
+
+
+def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_train(tmp_path, corpus, no_plot):
+    """Token 3 skips at the first router, and is all that rank 1 sees; then no token runs any block."""
+    model, cfg = random_model(2, **TINY)
+    h = model.input_norm(model.tok_embeddings.weight[3]).detach()
+    data = np.where(np.arange(200) // 16 % 2, 3, np.arange(200) % 3)
+    shard = write_shard(tmp_path / "x.bin", data)
+    for name, weight, bias, share in (("some", 60 * h / h.square().sum(), -57, 0.5), ("none", 0 * h, 9, 1.0)):
+        source = tmp_path / name
+        source.mkdir()
+        with torch.no_grad():
+            model.masks[0].linear.weight.copy_(weight), model.masks[0].linear.bias.fill_(bias)
+        tgs.export_weights(model, source / "model.safetensors")
+        (source / "config.json").write_text(json.dumps({k: getattr(cfg, k) for k in tgs.MODEL_FIELDS}))
+        for world in (1, 2):
+            run = Ranks(tmp_path, flags(corpus, source / str(world), init_from=source, train_files=shard, val_tokens=100), world)
+            assert run.wait() == [0] * world, run.text()
+        one, two = (only_record(source / w) for w in "12")
+        assert events(two, "train")[0]["gate_zero"][0] == pytest.approx(share, abs=0.04)
+        assert_same_losses(losses(one), losses(two))
+
+
+def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(tmp_path, corpus, no_plot):
+    tokens = np.arange(400) % 11
+    tokens[2 * 32 + 20] = 60000  # step 2, the window of rank 1
+    shard = write_shard(tmp_path / "bad.bin", tokens)
+    run = Ranks(tmp_path, flags(corpus, tmp_path / "r", train_files=shard), 2)
+    assert run.wait(30) == [1, 2] and "Traceback" not in run.text(), run.text()
+    assert sum("token 60000" in line and "error: rank 1: shard" in line for line in run.errors()) == 1
+    assert len(run.errors()) == 2 and "another process is gone" in run.errors()[0]
+
+    def dies(rank):
+        real = tgs.Trainer.micro_step
+        tgs.Trainer.micro_step = lambda self, x, y: os.kill(os.getpid(), 9) if rank == 1 and self.loader.place[1] else real(self, x, y)
+    run = Ranks(tmp_path, flags(corpus, tmp_path / "s"), 2, dies)
+    assert run.wait(30) == [1, -9] and len(run.errors()) == 1, run.text()
+
+    def poisons(rank):
+        real = tgs.Trainer.micro_step
+
+        def step(self, x, y):
+            loss, ce, stats = real(self, x, y)
+            return loss * (math.nan if rank == 1 and self.loader.place[1] else 1), ce, stats
+        tgs.Trainer.micro_step = step
+    run = Ranks(tmp_path, flags(corpus, tmp_path / "t"), 2, poisons)
+    assert run.wait(30) == [3, 3] and len(run.errors()) == 1 and "loss on rank 1" in run.errors()[0], run.text()
+    for wrong in (["--dim", "15"], ["--train_files", "none_*.bin"], ["--batch_size", "2"]):  # the same on all: said once
+        run = Ranks(tmp_path, flags(corpus, tmp_path / "u") + wrong, 2)
+        assert run.wait(30) == [2, 2] and len(run.errors()) == 1 and wrong[0] in run.text(), run.text()
+    assert not (tmp_path / "u").exists()
+
+
+def test_torchruns_restarts_go_on_from_the_last_checkpoint(tmp_path, corpus):
+    """One of two processes is killed; torchrun starts both again, in the same record."""
+    kw = dict(num_steps=80, save_every=10, val_every=80, **DRIVEN)
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
+            "--monitor_interval", "0.2", str(ROOT / "train_gpt_skip.py"), *flags(corpus, tmp_path / "r", **kw)]
+    with open(tmp_path / "out", "w") as out, subprocess.Popen(argv, stdout=out, stderr=out) as run:
+        wait_for(lambda: list((tmp_path / "r").glob("*/checkpoint_10.pt")) or run.poll() is not None)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        try:
+            status = run.wait(60)
+        finally:
+            run.terminate()
+        assert status == 0, (tmp_path / "out").read_text()
+    record, text = only_record(tmp_path / "r"), (tmp_path / "out").read_text()
+    assert [e["step"] for e in events(record, "train")] == list(range(80))
+    assert int(re.search(r"resumed at step (\d+)", text)[1]) >= 10
+    assert not json.loads((record / "summary.json").read_text())["interrupted"]
+
+
+def test_two_torchrun_agents_act_as_two_machines(tmp_path, corpus, no_plot):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    kw = dict(num_steps=3, device_batch_size=1, **DRIVEN)
+    agents = [subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n), "--master_addr", "127.0.0.1",
+        "--master_port", port, "--nproc_per_node", "1", str(ROOT / "train_gpt_skip.py"), *flags(corpus, tmp_path / "two", **kw)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
+    outputs = [agent.communicate(timeout=90)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "2 processes" in outputs[0] and "step" not in outputs[1]
+    assert tgs.main(flags(corpus, tmp_path / "one", **kw)) == 0
+    assert_same_losses(losses(only_record(tmp_path / "one")), losses(only_record(tmp_path / "two")))
 
 
 # ----------------------------------------------------------------------------------------------------------

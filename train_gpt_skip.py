@@ -6,7 +6,7 @@ in which a skipped token costs nothing: a block computes only the tokens whose g
 from __future__ import annotations
 
 import argparse, contextlib, ctypes, dataclasses, datetime, functools, hashlib, json, math, os, platform, re
-import shlex, shutil, signal, subprocess, sys, time, zipfile
+import shlex, signal, subprocess, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,10 @@ ROOT = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """Something that the user can mend: one line that says what, where, and how. Exit status 2."""
+
+
+class RankError(UserError):
+    """What one rank may see alone: that rank says it. (What all ranks see is said once a machine.)"""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -138,7 +142,6 @@ class Config:
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
-        yield not (self.resume and self.config), "--resume reads the record's config.json: leave out --config"
 
     @property
     def head_dim(self):
@@ -206,7 +209,7 @@ class Runtime:
         local = int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available() if cfg.device is None else cfg.device == "cuda"
         if cuda and local >= torch.cuda.device_count():
-            raise UserError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process {local} "
+            raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process {local} "
                             "has none; use --device cpu or fewer processes (NPROC)")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if (cfg.dtype or ("bfloat16" if cuda else "float32")) == "bfloat16" \
@@ -218,7 +221,11 @@ class Runtime:
         else:
             keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
+            store, timeout = next(dist.rendezvous("env://"))[0], datetime.timedelta(minutes=10)
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts share a store: hide old addresses
+                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
+                                    timeout=timeout)
 
     @property
     def main(self):
@@ -856,7 +863,7 @@ class Shards:
         tokens = self.tokens[shard][start:start + n]
         if tokens.max() >= self.vocab_size:
             at = start + int(tokens.argmax())
-            raise UserError(f"shard {self.paths[shard]} holds token {tokens.max()} at position {at}, beyond "
+            raise RankError(f"shard {self.paths[shard]} holds token {tokens.max()} at position {at}, beyond "
                             f"--vocab_size {self.vocab_size}; it was made with another tokeniser")
         return torch.from_numpy(tokens.astype(np.int64))
 
@@ -1351,14 +1358,23 @@ class Record:
         if rt.main and folder is None:
             self.folder = make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
         if rt.main:
-            self.metrics = open(self.folder / "metrics.jsonl", "a")
-            self.text = open(self.folder / "log.txt", "a")
+            self.metrics, self.text = (open(self.folder / n, "ab", buffering=0) for n in ("metrics.jsonl", "log.txt"))
+
+    def append(self, file, line: str):
+        """A whole line or none, through no buffer."""
+        size, data = os.fstat(file.fileno()).st_size, (line + "\n").encode()
+        try:
+            while data:
+                data = data[file.write(data):]
+        except OSError as e:
+            file.truncate(size)
+            raise unwritable(Path(file.name), e)
 
     def say(self, line: str = "", step_line: bool = False):
         """A line of log.txt and of the terminal; with a progress bar, a step's line goes to the file only."""
         if not self.rt.main:
             return
-        print(line, file=self.text, flush=True)
+        self.append(self.text, line)
         if self.bar is None:
             print(line, flush=True)
         elif not step_line:
@@ -1366,8 +1382,7 @@ class Record:
 
     def event(self, kind: str, **values):
         if self.rt.main:
-            self.metrics.write(json.dumps({"kind": kind, **values}) + "\n")
-            self.metrics.flush()
+            self.append(self.metrics, json.dumps({"kind": kind, **values}))
 
     def progress(self, first: int, total: int):
         if self.rt.main and sys.stderr.isatty():
@@ -1402,7 +1417,7 @@ def make_folder(parent: Path, name: str) -> Path:
 
 
 def write_atomically(path: Path, write):
-    """The file appears whole or not at all: temporary file, fsync, rename."""
+    """The file appears whole or not at all: temporary file, fsync, rename. Raises UserError."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as f:
@@ -1410,15 +1425,20 @@ def write_atomically(path: Path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except OSError:
+    except (OSError, RuntimeError) as e:  # torch.save turns a write's OSError into a RuntimeError
         partial.unlink(missing_ok=True)
-        raise
+        raise unwritable(path, e)
+
+
+def unwritable(path: Path, e: Exception) -> UserError:
+    return UserError(f"{path} cannot be written: {getattr(e, 'strerror', None) or f'is the disk full? {e}'}; what was "
+                     f"saved before is whole: mend this, then go on with --resume {path.parent}")
 
 
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as JSON: {e}")
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
@@ -1450,7 +1470,7 @@ def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
         "device": torch.cuda.get_device_name() if cuda else processor_name(), "world_size": rt.world,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": str(rt.dtype).split(".")[1],
         "compile": rt.compile, "platform": platform.platform(),
-        "nvidia_smi": run_quietly("nvidia-smi"),
+        "nvidia_smi": run_quietly("nvidia-smi"), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
         "shards": {name: s.describe() for name, s in shards.items()},
     }
 
@@ -1505,7 +1525,7 @@ def plot(events: list[dict], cfg: Config, path: Path):
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    fig.savefig(path, dpi=120)
+    write_atomically(path, lambda f: fig.savefig(f, dpi=120, format="png"))
     plt.close(fig)
 
 
@@ -1519,7 +1539,9 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2):
 
 
 def checkpoints(folder: Path, pattern: str = "checkpoint_*.pt") -> list[Path]:
-    return sorted(folder.glob(pattern), key=lambda p: int(re.search(r"(\d+)\.pt$", p.name)[1]))
+    """Oldest first."""
+    steps = {path: re.search(r"(\d+)\.pt$", path.name) for path in folder.glob(pattern)}
+    return sorted(filter(steps.get, steps), key=lambda path: int(steps[path][1]))
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1552,6 +1574,7 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
     if not (folder / "config.json").exists():
         raise UserError(f"checkpoint {source} has no config.json beside it, which says the model's sizes")
     settings = read_json(folder / "config.json")
+    settings = settings.get("model", settings)
     if path.is_dir():
         found = checkpoints(path, "state_step*.pt") or checkpoints(path) or sorted(path.glob("model.safetensors"))
         if not found:
@@ -1559,7 +1582,9 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
         path = found[-1]
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     state = state.get("model", state)
-    return settings.get("model", settings), {k.removeprefix("model."): v for k, v in state.items()}
+    if not isinstance(settings, dict) or not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it one of a model?")
+    return settings, {k.removeprefix("model."): v for k, v in state.items()}
 
 
 def read_safetensors(path: Path) -> dict:
@@ -1568,7 +1593,7 @@ def read_safetensors(path: Path) -> dict:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as e:
-        raise UserError(f"checkpoint {path} is damaged or not a safetensors file ({e})")
+        raise UserError(f"checkpoint {path} is damaged or not a safetensors file ({e}); use another one")
 
 
 def fetch_repo(repo: str, revision: str | None) -> Path:
@@ -1598,16 +1623,16 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str):
     """Load tensors of any float type; UserError where names or shapes are not the model's."""
     own = model.state_dict()
     if not model.cfg.gated:  # a dense model may be stored with routers that are all zero
-        state = {k: v for k, v in state.items() if not (k.startswith("masks.") and not v.any())}
+        state = {k: v for k, v in state.items() if not (k.startswith("masks.") and isinstance(v, Tensor) and not v.any())}
     if wrong := sorted(own.keys() ^ state.keys()):
         which = "lacks" if wrong[0] in own else "also has"
         hint = "; try --control dense" if wrong[0].startswith("masks.") and wrong[0] in own else (
             "; is --norm the one it was trained with?" if "post" in wrong[0] else "")
         raise UserError(f"checkpoint {source} does not fit: it {which} {wrong[0]} ({len(wrong)} such names){hint}")
     for k, v in state.items():
-        if not isinstance(v, Tensor) or v.shape != own[k].shape:
-            raise UserError(f"checkpoint {source} does not fit: {k} is {list(getattr(v, 'shape', []))}, "
-                            f"the model's is {list(own[k].shape)}")
+        if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
+            raise UserError(f"checkpoint {source} does not fit: {k} is {getattr(v, 'dtype', type(v).__name__)} "
+                            f"{list(getattr(v, 'shape', []))}, the model's is {own[k].dtype} {list(own[k].shape)}")
     model.load_state_dict(state)
 
 
@@ -1659,12 +1684,13 @@ class Trainer:
         cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", encoding_name(cfg))
         self.model = build_model(cfg, rt, weights, cfg.init_from or "")
         self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
-        self.parallel, self.train_s, self.first_step, self.stop = self.model, 0.0, 0, 0
+        self.parallel, self.train_s, self.first_step = self.model, 0.0, 0
+        self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
         self.compile_s = self.warm_up() if rt.compile else 0.0
         self.graphs = graphs_compiled()
         if rt.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+                self.model, gradient_as_bucket_view=True)
 
     def warm_up(self) -> float:
         """Compile before the clock starts: a training micro-batch and a validation one. Seconds."""
@@ -1713,7 +1739,7 @@ class Trainer:
         stats = totals[3 + rt.world:].view(-1, 4)
         self.control.update(moments(stats, cfg.step_tokens))
         rt.synchronize()
-        self.stop = max(self.stop, int(host[2] > 0))
+        self.stopping = host[2] > 0
         self.train_s += (seconds := time.perf_counter() - start)
         return {"step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
                 "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
@@ -1729,24 +1755,38 @@ class Trainer:
                              "are as before this step; try a lower --lr, --max_grad_norm 1 or --norm sandwich")
 
     def validate(self, step: int) -> dict:
-        return {"step": step, **evaluate(self.model, self.cfg, self.rt, self.shards["val"])}
+        event = evaluate(self.model, self.cfg, self.rt, self.shards["val"])
+        if not math.isfinite(event["cross_entropy"]):
+            raise Divergence(f"the validation loss is not finite at step {step}; try a lower --lr, --max_grad_norm 1 "
+                             "or --norm sandwich")
+        return {"step": step, **event}
 
     def state(self, step: int, record: Record) -> dict:
         return {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
-                "record_bytes": record.metrics.tell(), "rng": torch.get_rng_state()}
+                "record_bytes": (record.folder / "metrics.jsonl").stat().st_size, "rng": torch.get_rng_state()}
 
     def save(self, step: int, record: Record):
         if self.rt.main:
+            os.fsync(record.metrics.fileno())
             save_checkpoint(record.folder, step, self.state(step, record))
 
-    def restore(self, state: dict):
-        load_weights(self.model, state["model"], self.cfg.resume)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.control.load_state_dict(state["control"])
-        self.loader.seek(tuple(state["place"]))
-        torch.set_rng_state(state["rng"])
-        self.train_s, self.first_step = state["train_s"], state["step"]
+    def restore(self, state: dict, source: Path):
+        try:
+            load_weights(self.model, state["model"], source)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.control.load_state_dict(state["control"])
+            self.loader.seek(tuple(state["place"]))
+            torch.set_rng_state(state["rng"])
+            self.train_s, self.first_step = float(state["train_s"]), range(self.cfg.num_steps + 1)[state["step"]]
+            own = {p: {k: self.optimizer.state[p][k].shape for k in ("exp_avg", "exp_avg_sq")}
+                   for p in self.model.parameters()}
+            if self.control.coef.shape != self.control.target.shape or any(
+                    shape != p.shape for p, shapes in own.items() for shape in shapes.values()):
+                raise ValueError("moments or coefficients of other sizes")
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove it to go "
+                            "on from an earlier one")
 
     def step_ratio(self, rounds: int = 5) -> dict:
         """Seconds of forward and backward on one micro-batch as trained, and with every gate taken out."""
@@ -1778,12 +1818,15 @@ class Divergence(Exception):
 
 def train(cfg: Config, weights: dict | None) -> int:
     """The run of a configuration; returns the exit status."""
-    state, folder = latest_checkpoint(cfg.resume) if cfg.resume else (None, None)
-    trainer = Trainer(cfg, None if state else weights)
+    state, source = latest_checkpoint(Path(cfg.resume)) if cfg.resume else (None, None)
+    trainer = Trainer(cfg, weights)
     rt = trainer.rt
     if state:
-        trainer.restore(state)
-    record = Record(cfg, rt, folder)
+        trainer.restore(state, source)
+    if rt.sum(torch.tensor(trainer.first_step, device=rt.device)) != rt.world * trainer.first_step:
+        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, elsewhere "
+                        "of another: copy the record to every machine")
+    record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
     history = open_record(trainer, record, state)
     install_signals(trainer)
     record.progress(trainer.first_step, cfg.num_steps)
@@ -1810,7 +1853,7 @@ def train(cfg: Config, weights: dict | None) -> int:
         if record.bar:
             record.bar.update()
             record.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {mean(event['gate_zero']):.2f}")
-        if trainer.stop:
+        if trainer.stopping:
             trainer.save(step + 1, record)
             return finish_interrupted(trainer, record, step + 1)
     return finish(trainer, record, step, history)
@@ -1827,15 +1870,20 @@ def step_line(event: dict, cfg: Config) -> str:
             f"{event['tokens_per_s']:.0f} tokens/s" + (f"  zero gates {zeros}" if cfg.gated else ""))
 
 
-def latest_checkpoint(resume: str) -> tuple[dict | None, Path]:
-    """The newest checkpoint of a record that is whole, and the record's folder."""
-    folder = Path(resume)
-    for path in reversed(checkpoints(folder)):
+def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
+    """The newest checkpoint of a record that is whole, and its path; (None, None) where there is none yet."""
+    for path in reversed(found := checkpoints(folder)):
         try:
-            return read_checkpoint(path), folder
-        except UserError as e:
-            print(f"WARNING: {e}; trying the one before", file=sys.stderr)
-    return None, folder
+            state, size = read_checkpoint(path), (folder / "metrics.jsonl").stat().st_size
+            if size >= state["record_bytes"]:
+                return state, path
+            e = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
+        except (UserError, OSError, LookupError, TypeError) as error:
+            e = error if isinstance(error, UserError) else f"{path} does not fit the record ({error})"
+        report("WARNING", f"{e}; trying the checkpoint before")
+    if found:
+        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at step 0")
+    return None, None
 
 
 def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[dict]:
@@ -1847,11 +1895,14 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
         return []
     if record.cfg.resume:
         record.metrics.truncate(state["record_bytes"] if state else 0)
+        for path in [*record.folder.glob("*.partial"), *checkpoints(record.folder)]:
+            if path.suffix == ".partial" or int(path.stem.split("_")[1]) > trainer.first_step:
+                path.unlink()  # what a kill left, and what could not be read
         record.say(f"resumed at step {trainer.first_step}")
         return [e for e in record.events() if e["kind"] == "val"]
     record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
-    shutil.copy(__file__, record.folder / Path(__file__).name)
+    record.write(Path(__file__).name, Path(__file__).read_text())
     parameters = sum(p.numel() for p in trainer.model.parameters())
     tokens = {k: sum(map(len, s.tokens)) for k, s in trainer.shards.items()}
     record.say(f"{record.folder}  ({env['command']})")
@@ -1881,7 +1932,8 @@ def finish_interrupted(trainer: Trainer, record: Record, step: int) -> int:
     if record.bar:
         record.bar.close()
     record.write("summary.json", {"interrupted": True, "step": step, "train_seconds": trainer.train_s})
-    record.say(f"interrupted after step {step}; go on with: {' '.join(sys.argv[:1])} --resume {record.folder}")
+    record.say(f"interrupted after step {step}; go on with: "
+               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
     return 0
 
 
@@ -1932,9 +1984,9 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
     events = record.events()
     summary = summarise(trainer, step, history, ratio, [e for e in events if e["kind"] == "train"])
     summary["recompiles_after_warm_up"] = recompiles
-    record.write("summary.json", summary)
     export_weights(trainer.model, record.folder / "model.safetensors")
     plot(events, cfg, record.folder / "plot.png")
+    record.write("summary.json", summary)
     closing_lines(record, summary, history[0]["cross_entropy"], cfg)
     return 0
 
@@ -2032,6 +2084,10 @@ OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
 def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
     """Defaults, then a preset, a record's config or a checkpoint's sizes, then flags. Returns weights, if any."""
     settings, weights = dict(PRESETS.get(explicit.get("preset"), {})), None
+    if explicit.get("config"):
+        settings |= recorded_settings(Path(explicit["config"]))
+    if command == "train" and not explicit.get("resume"):
+        explicit = explicit | restarted_record(settings | explicit)
     if explicit.get("resume"):
         path = Path(explicit["resume"]) / "config.json"
         if not path.exists():
@@ -2041,13 +2097,11 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
             raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {explicit['resume']}, "
                             f"which has {settings.get(wrong[0])}: leave the flag out")
-    elif explicit.get("config"):
-        settings |= recorded_settings(Path(explicit["config"]))
-    if "control" in explicit and not explicit.get("resume"):  # another rule's coefficients are not the preset's or the record's
+    if "control" in explicit and not explicit.get("resume"):  # another rule's coefficients are its own
         for k in ("mean_coef_init", "var_coef_init", "coef_update"):
             settings.pop(k, None)
     source = args.checkpoint if command != "train" else explicit.get("init_from", settings.get("init_from"))
-    if source and not explicit.get("resume"):
+    if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
         stored, weights = read_weights(source)
         also = () if command == "train" else ("val_files", "val_tokens", "device_batch_size", "dtype")
         settings |= checkpoint_settings(stored, explicit, source, also)
@@ -2056,6 +2110,15 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
 
 RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "save_every", "records_dir", "name",
                      "device_batch_size", "preset"}
+
+
+def restarted_record(settings: dict) -> dict:
+    """--resume of the record that this torchrun began before it restarted its processes (--max_restarts), or {}."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return {}
+    begun = sorted(Path(settings.get("records_dir", Config.records_dir)).glob("*/env.json"))
+    mine = [p for p in begun if read_json(p).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]]
+    return {"resume": str(mine[-1].parent)} if mine else {}
 
 
 def recorded_settings(path: Path) -> dict:
@@ -2149,6 +2212,16 @@ def run_sample(cfg: Config, weights: dict, args) -> int:
     return 0
 
 
+LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")  # what gloo, nccl, the store say
+
+
+def report(kind: str, what, own: bool = False):
+    """One line on standard error: of what only this rank may see, or, once a machine, of what all see."""
+    if own or os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = f"rank {os.environ['RANK']}: " if own and "RANK" in os.environ else ""
+        print(f"train_gpt_skip.py: {kind}: {rank}{' '.join(str(what).split())}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         command, args, explicit = parse(sys.argv[1:] if argv is None else argv)
@@ -2156,14 +2229,20 @@ def main(argv: list[str] | None = None) -> int:
         if command == "train":
             return train(cfg, weights)
         return {"eval": run_eval, "sample": run_sample, "export": run_export}[command](cfg, weights, args)
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt_skip.py: error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:
+        report("error", e, isinstance(e, (RankError, OSError)))
         return 2
     except Divergence as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt_skip.py: stopped: {e}", file=sys.stderr)
+        report("stopped", e)
         return 3
+    except KeyboardInterrupt:
+        report("stopped", "interrupted before the first step")
+        return 130
+    except RuntimeError as e:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST_PEER.search(str(e)):
+            raise
+        report("stopped", "another process is gone; go on from the last checkpoint with --resume")
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
