@@ -586,8 +586,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
 
     def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
         """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), the
-        statistics of `span` (L/2, 4), and the number of blocks that each token ran (n,)."""
-        n, depth, stats = len(tokens), torch.zeros_like(tokens), []
+        statistics of `span` (L/2, 4; None with a cache), and the number of blocks that each token ran (n,)."""
+        n, depth, stats = len(tokens), torch.zeros_like(tokens), [] if cache is None else None
         layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
         h = self.input_norm(self.tok_embeddings(padded(tokens, 0)))
         if self.cfg.gated:
@@ -596,9 +596,10 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         else:
             for l in range(self.cfg.n_layers):
                 h = self.block(l, h, None, layout, cache)
-            stats = [torch.stack([layout.counts.sum()] * 3 + [layout.pairs()])] * self.cfg.n_levels
             depth += self.cfg.n_layers
-        return self.output_norm(h[:n]), torch.stack(stats), depth
+            if cache is None:
+                stats = [torch.stack([layout.counts.sum()] * 3 + [layout.pairs()])] * self.cfg.n_levels
+        return self.output_norm(h[:n]), None if stats is None else torch.stack(stats), depth
 
     def span(self, h, S, layout, l, depth, stats, cache):
         """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged.
@@ -617,7 +618,10 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
             layout = make_layout(seq, pos, row, len(layout.counts), (self.cos, self.sin))
             x, S = h.index_select(0, padded(keep, 0)), padded(S[keep], 1.0)
             g = gate(S)
-        stats.append(torch.stack((g.sum(), g.square().sum(), (g > 0).sum(), layout.pairs())))
+        if layout.n == 0 and cache is not None:  # (in training blocks run on nothing: each needs a gradient)
+            return h
+        if stats is not None:
+            stats.append(torch.stack((g.sum(), g.square().sum(), (g > 0).sum(), layout.pairs())))
         depth[layout.row] += 2 * (g[:layout.n] > 0)
         x = self.block(l, x, g, layout, cache)
         x = self.span(x, S, layout, l + 1, depth, stats, cache)
@@ -1168,7 +1172,7 @@ class LayerCache:
         rows, have = len(self.counts), -1 if self.k is None else self.k.shape[2]
         if columns <= have:
             return
-        more = max(columns - have, 64) if have > 0 else columns
+        more = columns - max(have, 0) + 64
         new = like.new_zeros(rows, like.shape[1], more, like.shape[2])
         none = torch.full((rows, more), REMOVED, device=like.device)
         self.k, self.v = (new.clone() if t is None else torch.cat((t, new), 2) for t in (self.k, self.v))
