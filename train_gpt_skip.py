@@ -1,7 +1,13 @@
 """Train language models that learn to skip their own middle layers, in one file.
 
-The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
-in which a skipped token costs nothing: a block computes only the tokens whose gate is open.
+The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103), in
+which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores a
+training step at half sparsity takes 0.54 of the dense step's time (records/2026-11-22_22-10-56_bench: float32,
+torch 2.13, 12 blocks, d 384). Three commands:
+
+    ./run.sh                                                   # train: the demo, or Table 2 on GPUs with shards
+    python train_gpt_skip.py eval --checkpoint records/X       # loss, sparsity, FLOPs, which tokens skip
+    python train_gpt_skip.py sample --checkpoint records/X --prompt 'def ' --show_depth
 """
 from __future__ import annotations
 
