@@ -574,7 +574,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     def compile(self):
         """One graph serves every block: parameters are inputs, the number of active tokens is dynamic."""
         self.run_block = torch.compile(Block.forward, dynamic=True)
-        if self.cos.device.type == "cuda":  # on a CPU the vectorised pieces are as fast
+        if self.cos.device.type == "cuda":  # fuses passes over the logits; not tried on a CPU
             self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ class ForcedRouter(torch.nn.Module):
 
 def eager_forward(model, inputs, targets):
     """The gated model as plain PyTorch computes it: every token, all pairs, in rectangles."""
-    cfg, (B, T) = model.cfg, inputs.shape
+    B, T = inputs.shape
     mask = torch.full((B, 1, T, T), float("-inf"), device=inputs.device).triu(1)
     h = model.input_norm(model.tok_embeddings(inputs))
     for block in model.layers:
