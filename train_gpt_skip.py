@@ -421,60 +421,56 @@ def attend_rows(q, k, v, ln_g, lengths):
 class RowBlockAttention(torch.autograd.Function):
     """The CPU's kernel: a sequence at a time, in blocks of query rows, over the causal part only.
 
-    Query heads that share a key head are stacked as its further rows: matrices are (kv_heads, group * rows, .).
+    Inside, heads come first; query heads that share a key head are stacked as its further rows.
     """
 
     @staticmethod
-    def blocks(q, kv_heads, lengths):
-        """(query rows, their keys) of every block, as slices, and the function that stacks heads."""
-        slices, first = [], 0
+    def blocks(lengths):
+        """(query rows, their keys) of every block, as slices."""
+        first = 0
         for n in lengths:
             for i in range(first, first + n, ROWS):
-                slices.append((slice(i, min(i + ROWS, first + n)), slice(first, min(i + ROWS, first + n))))
+                end = min(i + ROWS, first + n)
+                yield slice(i, end), slice(first, end)
             first += n
-
-        def stack(x):  # (rows, heads, head_dim) to (kv_heads, group * rows, head_dim)
-            return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-
-        return slices, stack
 
     @staticmethod
     def forward(ctx, q, k, v, ln_g, lengths, wanted):
-        slices, stack = RowBlockAttention.blocks(q, k.shape[1], lengths)
-        group, out, weights = q.shape[1] // k.shape[1], torch.empty_like(q), []
+        H, D, out, weights = q.shape[1], q.shape[2], torch.empty_like(q), []
+        qh, kh, vh, oh = (t.transpose(0, 1) for t in (q, k, v, out))
         causal = torch.full((ROWS, ROWS), REMOVED).triu(1)
-        for rows, keys in slices:
+        for rows, keys in RowBlockAttention.blocks(lengths):
             n, m = rows.stop - rows.start, keys.stop - keys.start
-            bias = F.pad(causal[:n, :n], (m - n, 0))
-            bias = (bias if ln_g is None else bias + ln_g[keys]).expand(group, n, m).reshape(1, group * n, m)
-            logits = torch.baddbmm(bias, stack(q[rows]), k[keys].permute(1, 2, 0), alpha=q.shape[2]**-0.5)
-            p = logits.softmax(-1)
+            q_rows = qh[:, rows].reshape(len(kh), -1, D)  # (kv_heads, group * n, head_dim)
+            p = torch.baddbmm(causal[:1, :1], q_rows, kh[:, keys].mT, beta=0, alpha=D**-0.5).view(H, n, m)
+            p[..., m - n:] += causal[:n, :n]
+            if ln_g is not None:
+                p += ln_g[keys]
+            torch.softmax(p, -1, out=p)
+            oh[:, rows] = torch.bmm(p.view(len(kh), -1, m), vh[:, keys]).view(H, n, D)
             weights += [p] if wanted else []
-            o = torch.bmm(p, v[keys].transpose(0, 1))
-            out[rows].unflatten(1, (-1, group)).copy_(o.unflatten(1, (group, n)).permute(2, 0, 1, 3))
         if wanted:
-            ctx.save_for_backward(q, k, v, out, *weights)
+            ctx.save_for_backward(q, k, v, *weights)
             ctx.lengths, ctx.gated = lengths, ln_g is not None
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, out, *weights = ctx.saved_tensors
-        slices, stack = RowBlockAttention.blocks(q, k.shape[1], ctx.lengths)
-        scale, group, dq = q.shape[2]**-0.5, q.shape[1] // k.shape[1], torch.empty_like(q)
-        dk, dv = (torch.zeros_like(t.transpose(0, 1)) for t in (k, v))  # (kv_heads, n, head_dim)
+        q, k, v, *weights = ctx.saved_tensors
+        H, D = q.shape[1:]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        qh, kh, vh, d_oh, dqh, dkh, dvh = (t.transpose(0, 1) for t in (q, k, v, d_out, dq, dk, dv))
         d_ln_g = q.new_zeros(len(q)) if ctx.gated else None
-        delta = (d_out * out).sum(-1, keepdim=True).neg_()  # softmax's backward: dS = P (dP - sum(P dP))
-        for (rows, keys), p in zip(slices, weights):
-            do = stack(d_out[rows])
-            ds = torch.baddbmm(stack(delta[rows]), do, v[keys].permute(1, 2, 0)).mul_(p)
-            dv[:, keys].baddbmm_(p.transpose(1, 2), do)
-            dk[:, keys].baddbmm_(ds.transpose(1, 2), stack(q[rows]), alpha=scale)
-            dq_rows = torch.bmm(ds, k[keys].transpose(0, 1)).mul_(scale)
-            dq[rows].unflatten(1, (-1, group)).copy_(dq_rows.unflatten(1, (group, -1)).permute(2, 0, 1, 3))
+        for (rows, keys), p in zip(RowBlockAttention.blocks(ctx.lengths), weights):
+            p = p.view(len(kh), -1, p.shape[-1])
+            q_rows, do = (t[:, rows].reshape(len(kh), -1, D) for t in (qh, d_oh))
+            ds = torch._softmax_backward_data(torch.bmm(do, vh[:, keys].mT), p, -1, p.dtype)
+            dvh[:, keys] += torch.bmm(p.mT, do)
+            dkh[:, keys].add_(torch.bmm(ds.mT, q_rows), alpha=D**-0.5)
+            torch.mul(torch.bmm(ds, kh[:, keys]).view(H, -1, D), D**-0.5, out=dqh[:, rows])
             if ctx.gated:
                 d_ln_g[keys] += ds.sum((0, 1))
-        return dq, dk.transpose(0, 1), dv.transpose(0, 1), d_ln_g, None, None
+        return dq, dk, dv, d_ln_g, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -489,11 +485,11 @@ class Attention(nn.Module):
         self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
         self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
 
-    def forward(self, x: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
+    def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (n, dim): (n, heads, head_dim), and (n, kv_heads, head_dim) twice."""
         q = rotate(self.wq(x).view(-1, self.heads, self.head_dim), layout.cos, layout.sin)
         k = rotate(self.wk(x).view(-1, self.kv_heads, self.head_dim), layout.cos, layout.sin)
-        v = self.wv(x).view(-1, self.kv_heads, self.head_dim)
-        return self.wo(gated_attention(q, k, v, ln_g, layout).flatten(1))  # (n, d)
+        return q, k, self.wv(x).view(-1, self.kv_heads, self.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -522,8 +518,9 @@ class Block(nn.Module):
     def forward(self, h: Tensor, g: Tensor | None, layout: Layout) -> Tensor:
         """h: (n, d), g: (n,) or None (dense). Returns (n, d)."""
         ln_g = log_gate(g) if g is not None and self.gate_keys else None
-        a = gated_add(h, g, self.post_attention_norm(
-            self.attention(self.pre_attention_norm(h), ln_g, layout)))
+        q, k, v = self.attention.project(self.pre_attention_norm(h), layout)
+        y = gated_attention(q, k, v, ln_g, layout).flatten(1)  # (n, d); called here, since a CPU's graph ends here
+        a = gated_add(h, g, self.post_attention_norm(self.attention.wo(y)))
         return gated_add(a, g, self.post_feed_forward_norm(self.feed_forward(self.pre_feed_forward_norm(a))))
 
 
@@ -574,8 +571,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     def compile(self):
         """One graph serves every block: parameters are inputs, the number of active tokens is dynamic."""
         self.run_block = torch.compile(Block.forward, dynamic=True)
-        if self.cos.device.type == "cuda":  # fuses passes over the logits; not tried on a CPU
-            self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
