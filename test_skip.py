@@ -311,8 +311,9 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
     g[::7] = 0
     ln_g = tgs.log_gate(g) if gated else None
     with torch.no_grad():
-        rows = tgs.attend_rows(q, k, v, ln_g, lengths + [n - sum(lengths)])
-        flex = tgs.attend_flex(q, k, v, ln_g, tgs.block_mask(seq))
+        layout = tgs.make_layout(seq, torch.zeros_like(seq), torch.arange(n), 1 + len(lengths), (torch.ones(1, 8),) * 2)
+        rows = tgs.attend_rows(q, k, v, ln_g, layout)
+        flex = tgs.attend_flex(q, k, v, ln_g, layout._replace(mask=tgs.block_mask(seq)))
     seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any() for i in range(n)])
     torch.testing.assert_close(rows[seen], flex[seen], rtol=1e-4, atol=1e-5)
 
@@ -445,9 +446,12 @@ def check_decoding(model, prompts, steps):
 
 @few
 @given(seed=st.integers(0, 99), closing=st.floats(0, 2), n_layers=st.sampled_from([2, 4, 6]),
-       kv_heads=st.sampled_from([1, 2]), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), steps=st.integers(1, 5))
-def test_greedy_decoding_with_the_cache_is_the_full_forward_pass(seed, closing, n_layers, kv_heads, lengths, steps):
+       kv_heads=st.sampled_from([1, 2]), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), steps=st.integers(1, 5),
+       as_compiled=st.booleans())
+def test_greedy_decoding_with_the_cache_is_the_full_forward_pass(seed, closing, n_layers, kv_heads, lengths, steps,
+                                                                 as_compiled):
     model, cfg = random_model(seed, closing, n_layers=n_layers, n_kv_heads=kv_heads, max_seq_len=16)
+    model.attend_some = tgs.attend_some if as_compiled else None
     prompts = [random_tokens(cfg, 1, n, seed + i)[0][0].tolist() for i, n in enumerate(lengths)]
     with torch.no_grad():
         decoder, depths = check_decoding(model, prompts, steps)

@@ -301,7 +301,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 EPSILON = 1e-6  # lower bound of g before ln
 REMOVED = -1e30  # the logit of a key whose gate is 0: its weight is exactly 0
-ROWS = 128  # rows of a block of queries on the CPU; block size of FlexAttention
+ROWS = 128  # block size of FlexAttention
+QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
 
 class Layout(NamedTuple):
@@ -381,16 +382,13 @@ def log_gate(g: Tensor) -> Tensor:
     return torch.where(g > 0, g.clamp(min=EPSILON).log(), REMOVED)
 
 
-def gated_attention(q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
-    """Eq. 3: causal attention within each sequence, ln g_j added to the logit of key j, softmax in float32.
-
-    q: (n, heads, head_dim); k, v: (n, kv_heads, head_dim); ln_g: (n,) or None. Returns (n, heads, head_dim).
-    """
+def attention_kernel(layout: Layout):
+    """What computes Eq. 3 on this layout: causal attention within each sequence, ln g_j added to the logit of key
+    j, softmax in float32. A function of q (n, heads, head_dim), k and v (n, kv_heads, head_dim), ln_g (n,) or None
+    (no gate), and the layout; it returns (n, heads, head_dim)."""
     if layout.cache is not None:
-        return layout.cache.attend(q, k, v, ln_g, layout)
-    if layout.mask is not None:
-        return attend_flex(q, k, v, ln_g, layout.mask)
-    return attend_rows(q, k, v, ln_g, layout.lengths)
+        return layout.cache.attend
+    return attend_rows if layout.mask is None else attend_flex
 
 
 @functools.cache
@@ -399,22 +397,22 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def attend_flex(q, k, v, ln_g, mask):
+def attend_flex(q, k, v, ln_g, layout):
     def add_log_gate(score, b, h, i, j):
         return score + ln_g[j]
 
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
     eager = torch.compiler.is_compiling() or q.device.type == "cpu"
     attend = flex_attention if eager else compiled_flex_attention()
-    out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=mask,
+    out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask,
                  enable_gqa=k.shape[1] != q.shape[1])
     return out[0].transpose(0, 1)
 
 
 @torch.compiler.disable  # lengths are plain numbers: a graph would be compiled anew for each
-def attend_rows(q, k, v, ln_g, lengths):
+def attend_rows(q, k, v, ln_g, layout):
     with torch.autocast("cpu", enabled=False):
-        return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, lengths,
+        return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, layout.lengths,
                                        torch.is_grad_enabled()).to(q.dtype)
 
 
@@ -426,19 +424,19 @@ class RowBlockAttention(torch.autograd.Function):
 
     @staticmethod
     def blocks(lengths):
-        """(query rows, their keys) of every block, as slices."""
+        """(query rows, their keys) of every block, as slices; the blocks of a sequence are about equal."""
         first = 0
-        for n in lengths:
-            for i in range(first, first + n, ROWS):
-                end = min(i + ROWS, first + n)
-                yield slice(i, end), slice(first, end)
+        for n in filter(None, lengths):
+            count = -(-n // QUERY_ROWS)
+            ends = [first + n * (i + 1) // count for i in range(count)]
+            yield from ((slice(i, end), slice(first, end)) for i, end in zip([first, *ends], ends))
             first += n
 
     @staticmethod
     def forward(ctx, q, k, v, ln_g, lengths, wanted):
         H, D, out, weights = q.shape[1], q.shape[2], torch.empty_like(q), []
         qh, kh, vh, oh = (t.transpose(0, 1) for t in (q, k, v, out))
-        causal = torch.full((ROWS, ROWS), REMOVED).triu(1)
+        causal = torch.full((QUERY_ROWS, QUERY_ROWS), REMOVED).triu(1)
         for rows, keys in RowBlockAttention.blocks(lengths):
             n, m = rows.stop - rows.start, keys.stop - keys.start
             q_rows = qh[:, rows].reshape(len(kh), -1, D)  # (kv_heads, group * n, head_dim)
@@ -519,7 +517,7 @@ class Block(nn.Module):
         """h: (n, d), g: (n,) or None (dense). Returns (n, d)."""
         ln_g = log_gate(g) if g is not None and self.gate_keys else None
         q, k, v = self.attention.project(self.pre_attention_norm(h), layout)
-        y = gated_attention(q, k, v, ln_g, layout).flatten(1)  # (n, d); called here, since a CPU's graph ends here
+        y = attention_kernel(layout)(q, k, v, ln_g, layout).flatten(1)  # (n, d); on a CPU the graph breaks here
         a = gated_add(h, g, self.post_attention_norm(self.attention.wo(y)))
         return gated_add(a, g, self.post_feed_forward_norm(self.feed_forward(self.pre_feed_forward_norm(a))))
 
@@ -566,12 +564,13 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(cfg)):
             self.register_buffer(name, table, persistent=False)
-        self.run_block, self.chunk_loss = Block.forward, chunk_loss
+        self.run_block, self.chunk_loss, self.attend_some = Block.forward, chunk_loss, None
 
     def compile(self):
         """One graph serves every block: parameters are inputs, the number of active tokens is dynamic."""
         self.run_block = torch.compile(Block.forward, dynamic=True)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
+        self.attend_some = torch.compile(attend_some, dynamic=True)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
@@ -652,8 +651,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         return model
 
     def block(self, l, h, g, layout, cache):
-        if cache is not None:  # a cache grows on the host
-            return self.layers[l](h, g, layout._replace(cache=cache[l]))
+        layout = layout if cache is None else layout._replace(cache=cache[l])
         run = self.run_block if len(h) > 1 else Block.forward  # 0 and 1 rows would be graphs of their own
         return run(self.layers[l], h, g, layout)
 
@@ -1136,12 +1134,14 @@ def since(marks: Tensor) -> Tensor:
 class LayerCache:
     """Keys, values and ln g of one layer: row b holds the first counts[b] columns, in order of position."""
 
-    def __init__(self, rows: int, device):
+    def __init__(self, rows: int, device, attend_some=None):
+        self.attend_some = attend_some  # the compiled function of that name
         self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
         self.k = self.v = self.ln_g = None  # (rows, kv_heads, columns, head_dim) twice, (rows, columns)
 
+    @torch.compiler.disable  # a cache grows on the host
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
-        """As gated_attention, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
+        """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
         first = self.k is None
         seq, n = layout.seq[:layout.n], layout.n
         start = layout.counts.cumsum(0) - layout.counts
@@ -1151,14 +1151,17 @@ class LayerCache:
         self.k[seq, :, column], self.v[seq, :, column] = k[:n], v[:n]
         self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
         if first:
-            return gated_attention(q, k, v, ln_g, layout._replace(cache=None))
+            layout = layout._replace(cache=None)
+            return attention_kernel(layout)(q, k, v, ln_g, layout)
         return F.pad(self.attend_new(q[:n], seq), (0, 0, 0, 0, 0, len(q) - n))
 
     def attend_new(self, q: Tensor, seq: Tensor) -> Tensor:
         """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it. Every row of
-        the cache attends, in one call and without a copy: cheaper than to gather the rows that ask."""
+        the cache attends, in one call: cheaper than to copy the rows that ask, not than to read only those."""
         m = int(self.counts.max())
         groups = q.unflatten(1, (self.k.shape[1], -1))  # (n, kv_heads, heads of a group, head_dim)
+        if self.attend_some and 1 < len(seq) < len(self.counts):
+            return self.attend_some(groups, self.k, self.v, self.ln_g, seq, m).view(q.shape)
         asked = groups.new_zeros(len(self.counts), *groups.shape[1:]).index_copy(0, seq, groups)
         out = F.scaled_dot_product_attention(asked, self.k[:, :, :m], self.v[:, :, :m],
                                              attn_mask=self.ln_g[:, None, None, :m].to(q.dtype))
@@ -1182,12 +1185,20 @@ class LayerCache:
         return int(self.counts.sum()) * (2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + 4)
 
 
+def attend_some(q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor, rows: Tensor, m: int) -> Tensor:
+    """Eq. 3 for one query of each of these rows of a cache, written out, so that compiled it reads only them.
+    q, and the result: (n, kv_heads, heads of a group, head_dim)."""
+    k, v, ln_g = k[rows][:, :, None, :m], v[rows][:, :, None, :m], ln_g[rows][:, None, None, :m]
+    p = ((q.float()[:, :, :, None] * k).sum(-1) * q.shape[-1]**-0.5 + ln_g).softmax(-1)  # (n, kv_heads, group, m)
+    return (p[..., None] * v).sum(3).to(q.dtype)
+
+
 class Decoder:
     """Sequences that grow together: their caches and lengths."""
 
     def __init__(self, model: MiddleSkippingTransformer, rows: int):
         self.model, self.device = model, model.cos.device
-        self.cache = [LayerCache(rows, self.device) for _ in range(model.cfg.n_layers)]
+        self.cache = [LayerCache(rows, self.device, model.attend_some) for _ in range(model.cfg.n_layers)]
         self.lengths = [0] * rows
 
     @torch.no_grad()
