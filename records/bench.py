@@ -7,8 +7,9 @@
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed drifts.
 `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T, T) mask, float32
 softmax by hand, full logits. `gated` skips a given share of the tokens at the first router, so sparsity is exact.
-MFU is the share of the machine's own matrix-product rate, measured in turn with them on the products of a training step. Speed-up
-is against `dense`; efficiency is the measured speed-up over the FLOPs' own. Writes records_dir/..._bench/bench.json.
+MFU is the share of the machine's own matrix-product rate, measured in turn with them on the products of a training
+step. Speed-up is against `dense`; efficiency is the measured speed-up over the FLOPs' own. Last come the kernels that
+take most of a training step at 75% sparsity. Writes records_dir/..._bench/bench.json.
 """
 import argparse
 import ctypes
@@ -238,19 +239,21 @@ def measure_decoding(bench, batch, rounds, report):
         report.row("decode", *v, batch, batch, median(seconds[v]), flops[v], peak[v])
 
 
-def slowest_kernels(bench, rate, top=5):
-    """The kernels that take most of a gated step at half sparsity: time, share, and for matrix products their part of
-    the machine's own rate (the floor of the others is the memory they move, which the profiler does not know)."""
+def slowest_kernels(bench, rate, sparsity=0.75, top=10):
+    """What the time of a gated training step goes to: the kernels that take most of it, with their share, and for
+    matrix products their part of the machine's own rate (the floor of the others is the memory they move, which the
+    profiler does not know)."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    bench.use("gated", 0.5)
-    with torch.profiler.profile(activities=activities, with_flops=True) as profile:
-        clock(bench.rt, lambda: bench.train("gated", 0.5))
-    rows = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in rows) or 1
-    return [{"kernel": e.key, "calls": e.count, "milliseconds": e.self_device_time_total / 1e3,
-             "share": e.self_device_time_total / total,
-             "of_matmul_rate": e.flops / (1e-6 * e.self_device_time_total) / rate if e.flops else None}
-            for e in rows[:top]]
+    bench.use("gated", sparsity)
+    bench.train("gated", sparsity)
+    with torch.profiler.profile(activities=activities[:1 + torch.cuda.is_available()], with_flops=True) as profile:
+        clock(bench.rt, lambda: bench.train("gated", sparsity))
+    cuda = bench.rt.device.type == "cuda"
+    rows = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
+    total = sum(t for t, _ in rows) or 1
+    return [{"kernel": e.key, "calls": e.count, "milliseconds": t / 1e3, "share": t / total,
+             "of_matmul_rate": e.flops / (1e-6 * t) / rate if e.flops else None}
+            for t, e in sorted(rows, key=lambda row: -row[0])[:top]]
 
 
 def gpu_tests():
@@ -296,7 +299,7 @@ def main(argv=None):
                         allow_abbrev=False)
     parser.add_argument("--modes", nargs="+", choices=("train", "prefill", "decode"), default=["train", "prefill", "decode"])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
-    parser.add_argument("--gpu_report", action="store_true", help="also run the tests that need a GPU, and profile a step")
+    parser.add_argument("--gpu_report", action="store_true", help="also run the tests that need a GPU")
     parser.add_argument("--decode_batches", type=int, nargs="+", default=None, help="(default: 1 128, on a GPU 1 64)")
     try:
         args = tgs.add_config_flags(parser).parse_args(argv)
@@ -320,9 +323,12 @@ def main(argv=None):
         report.compare(products.rate)
         print(f"matrix products alone: {products.rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}")
         print(report.text())
-        kernels = slowest_kernels(bench, products.rate) if args.gpu_report else None
-        for line in [tests, *(kernels or [])] if args.gpu_report else []:
-            print(line)
+        kernels = slowest_kernels(bench, products.rate) if "train" in args.modes else []
+        for k in kernels:
+            rate = "" if k["of_matmul_rate"] is None else f"  {k['of_matmul_rate']:.2f} of the products' rate"
+            print(f"{k['share']:6.1%} {k['milliseconds']:9.2f} ms {k['calls']:6d} x {k['kernel'][:70]}{rate}")
+        if tests:
+            print(tests)
         folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
     except tgs.UserError as e:
         print(f"bench.py: error: {e}", file=sys.stderr)
