@@ -299,6 +299,12 @@ def test_block_tables_are_those_of_the_dense_mask(lengths):
         assert sorted(full[q, :n_full[q]].tolist()) == every[q].nonzero().flatten().tolist()
 
 
+def load_bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "records" / "bench.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("gated", [True, False])
@@ -337,6 +343,33 @@ def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
     assert torch.equal(depth, flex_depth) and cached == flex_cached
 
 
+@pytest.mark.parametrize("carry", ["carry_bias", "carry_key_columns", "carry_value_column"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whatever_carries_ln_g_gives_eq_3_and_its_gradients(carry, dtype):
+    """Also from float32 products with ln g in float64: the columns' low part keeps what the high part rounds away."""
+    H, n, D = 2, 12, 8
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(H, n, D, generator=generator, dtype=torch.float64) for _ in range(4))
+    g = torch.rand(n, generator=generator, dtype=torch.float64).clamp(min=1e-6)
+    g[::3] *= 1e-5
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+
+    def attend(q, k, v, bias, scale):
+        logits = q @ k.mT * scale + (0 if bias is None else bias)
+        return logits.masked_fill(~causal, -math.inf).softmax(-1).to(v.dtype) @ v
+
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)] + [g.log().requires_grad_()]
+    got = getattr(load_bench(), carry)(attend, *leaves)
+    want_leaves = [t.requires_grad_() for t in (q, k, v)] + [g.log().requires_grad_()]
+    q, k, v, ln_g = want_leaves
+    weight = (q @ k.mT / math.sqrt(D)).exp() * ln_g.exp() * causal  # Eq. 3
+    want = weight / weight.sum(-1, keepdim=True) @ v
+    tolerance = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    for a, b in zip(torch.autograd.grad(got, leaves, dy.to(got.dtype)), torch.autograd.grad(want, want_leaves, dy)):
+        torch.testing.assert_close(a.double(), b, **tolerance)
+
+
 @pytest.mark.parametrize("padded_to", [11, 128])
 def test_the_head_in_chunks_is_cross_entropy_and_padding_columns_do_not_show(padded_to):
     generator = torch.Generator().manual_seed(0)
@@ -355,17 +388,17 @@ def test_the_head_in_chunks_is_cross_entropy_and_padding_columns_do_not_show(pad
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_recompiles_as_the_number_of_active_tokens_changes(monkeypatch):
+def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_change(monkeypatch):
     from torch._dynamo.utils import counters
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="aot_eager", **kw))
     model, cfg = random_model(10, n_layers=8, max_seq_len=32)
     model.compile()
     after_warm_up = None
-    for closing in (0.2, 0.3, 0.1, 0.5, 0.8, 0.05):
+    for B, closing in ((4, 0.2), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (5, 0.05)):
         for router in model.masks:
             torch.nn.init.constant_(router.linear.bias, closing)
-        inputs, targets = random_tokens(cfg, 4, 32)
+        inputs, targets = random_tokens(cfg, B, 32)
         ce, stats, _ = model(inputs, targets)
         (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
         with torch.no_grad():
@@ -407,6 +440,14 @@ def test_gpu_bfloat16_training_compiles_once_and_resumes(tmp_path, corpus):
     (record / "checkpoint_8.pt").unlink()
     assert tgs.main(["--resume", str(record)]) == 0
     assert events(record)[-1]["cross_entropy"] == pytest.approx(last, abs=2e-3)
+
+
+@cuda
+def test_gpu_whatever_carries_ln_g_is_timed():
+    bench = load_bench()
+    cfg = tgs.Config(dim=128, n_heads=2, n_layers=2, max_seq_len=512, device_batch_size=2, batch_size=2, vocab_size=128)
+    seconds = bench.measure_carriers(bench.Bench(cfg, tgs.Runtime(cfg)), rounds=1)
+    assert set(seconds) == {"carry_bias", "carry_key_columns", "carry_value_column"} and all(seconds.values())
 
 
 @cuda
@@ -1398,7 +1439,11 @@ def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_w
     one, two, four = (losses(only_record(tmp_path / w)) for w in "124")
     assert_same_losses(one, two), assert_same_losses(one, four)
     assert any(0 < z < 1 for e in events(only_record(tmp_path / "1")) for z in e["gate_zero"])  # some skip, some not
-    assert [(tmp_path / f"calls_{r}").read_text() for r in (0, 1)] == ["6", "6"]  # one bucket; two micro-batches a step
+    assert [(tmp_path / f"calls_{r}").read_text() for r in (0, 1)] == ["12", "12"]  # one bucket: 6 steps of two micro-batches, and 6 to time it
+    summary = json.loads((only_record(tmp_path / "2") / "summary.json").read_text())
+    assert summary["ranks"] == 2 and 1 <= summary["rank_imbalance"] <= 2
+    assert summary["all_reduce_seconds"] > 0 and summary["averaged_step_seconds"] > 0
+    assert "2 ranks: averaging the gradients takes" in (only_record(tmp_path / "2") / "log.txt").read_text()
     for first, then in ((1, 2), (4, 1)):
         folder = tmp_path / f"{first}_then_{then}"
         assert Ranks(tmp_path, flags(corpus, folder, **kw), first, interrupted).wait() == [0] * first
@@ -1425,6 +1470,7 @@ def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_t
             assert run.wait() == [0] * world, run.text()
         one, two = (only_record(source / w) for w in "12")
         assert events(two, "train")[0]["gate_zero"][0] == pytest.approx(share, abs=0.04)
+        assert events(two, "train")[0]["rank_imbalance"] == pytest.approx(2 if name == "some" else 1, abs=0.1)
         assert_same_losses(losses(one), losses(two))
 
 

@@ -393,7 +393,7 @@ def attention_kernel(layout: Layout):
 
 @functools.cache
 def compiled_flex_attention():
-    """For a block that is not compiled itself: eager FlexAttention would hold all n x n scores."""
+    """One graph for all layers and all n. (Eager FlexAttention would hold all n x n scores.)"""
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -402,14 +402,12 @@ def attend_flex(q, k, v, ln_g, layout):
         return score + ln_g[j]
 
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
-    eager = torch.compiler.is_compiling() or q.device.type == "cpu"
-    attend = flex_attention if eager else compiled_flex_attention()
+    attend = flex_attention if q.device.type == "cpu" else compiled_flex_attention()
     out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask,
                  enable_gqa=k.shape[1] != q.shape[1])
     return out[0].transpose(0, 1)
 
 
-@torch.compiler.disable  # lengths are plain numbers: a graph would be compiled anew for each
 def attend_rows(q, k, v, ln_g, layout):
     with torch.autocast("cpu", enabled=False):
         return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, layout.lengths,
@@ -483,10 +481,10 @@ class Attention(nn.Module):
         self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
         self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
 
-    def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (n, dim): (n, heads, head_dim), and (n, kv_heads, head_dim) twice."""
-        q = rotate(self.wq(x).view(-1, self.heads, self.head_dim), layout.cos, layout.sin)
-        k = rotate(self.wk(x).view(-1, self.kv_heads, self.head_dim), layout.cos, layout.sin)
+        q = rotate(self.wq(x).view(-1, self.heads, self.head_dim), cos, sin)
+        k = rotate(self.wk(x).view(-1, self.kv_heads, self.head_dim), cos, sin)
         return q, k, self.wv(x).view(-1, self.kv_heads, self.head_dim)
 
 
@@ -513,12 +511,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(cfg)
         self.post_feed_forward_norm = RMSNorm(cfg.dim, cfg.norm_eps) if post else nn.Identity()
 
-    def forward(self, h: Tensor, g: Tensor | None, layout: Layout) -> Tensor:
-        """h: (n, d), g: (n,) or None (dense). Returns (n, d)."""
+    def before(self, h: Tensor, g: Tensor | None, cos: Tensor, sin: Tensor):
+        """What attention takes: q, k, v and ln g of h (n, d) and g (n,) or None (dense)."""
         ln_g = log_gate(g) if g is not None and self.gate_keys else None
-        q, k, v = self.attention.project(self.pre_attention_norm(h), layout)
-        y = attention_kernel(layout)(q, k, v, ln_g, layout).flatten(1)  # (n, d); on a CPU the graph breaks here
-        a = gated_add(h, g, self.post_attention_norm(self.attention.wo(y)))
+        return *self.attention.project(self.pre_attention_norm(h), cos, sin), ln_g
+
+    def after(self, h: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
+        """The block's output (n, d), from its input and what attention gave, y (n, heads, head_dim)."""
+        a = gated_add(h, g, self.post_attention_norm(self.attention.wo(y.flatten(1))))
         return gated_add(a, g, self.post_feed_forward_norm(self.feed_forward(self.pre_feed_forward_norm(a))))
 
 
@@ -546,6 +546,9 @@ def gate(S: Tensor) -> Tensor:
     return F.relu(1 - S)
 
 
+EAGER = Block.before, Block.after
+
+
 class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2).
 
@@ -564,11 +567,12 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(cfg)):
             self.register_buffer(name, table, persistent=False)
-        self.run_block, self.chunk_loss, self.attend_some = Block.forward, chunk_loss, None
+        self.parts, self.chunk_loss, self.attend_some = EAGER, chunk_loss, None
 
     def compile(self):
-        """One graph serves every block: parameters are inputs, the number of active tokens is dynamic."""
-        self.run_block = torch.compile(Block.forward, dynamic=True)
+        """The two parts of a block around attention have one graph each, that serves every block: parameters are
+        inputs, the number of active tokens is dynamic."""
+        self.parts = tuple(torch.compile(part, dynamic=True) for part in EAGER)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
         self.attend_some = torch.compile(attend_some, dynamic=True)
 
@@ -651,9 +655,10 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         return model
 
     def block(self, l, h, g, layout, cache):
-        layout = layout if cache is None else layout._replace(cache=cache[l])
-        run = self.run_block if len(h) > 1 else Block.forward  # 0 and 1 rows would be graphs of their own
-        return run(self.layers[l], h, g, layout)
+        layout, block = layout if cache is None else layout._replace(cache=cache[l]), self.layers[l]
+        before, after = self.parts if len(h) > 1 else EAGER  # 0 and 1 rows would be graphs of their own
+        q, k, v, ln_g = before(block, h, g, layout.cos, layout.sin)
+        return after(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
 
 
 def initialise(model: nn.Module, cfg: Config):
@@ -1139,7 +1144,6 @@ class LayerCache:
         self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
         self.k = self.v = self.ln_g = None  # (rows, kv_heads, columns, head_dim) twice, (rows, columns)
 
-    @torch.compiler.disable  # a cache grows on the host
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
         """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
         first = self.k is None
@@ -1728,27 +1732,30 @@ class Trainer:
         """One optimizer step and one of the controller's; returns the record's event."""
         start, cfg, rt, A = time.perf_counter(), self.cfg, self.rt, self.loader.accumulation
         place, lr = self.loader.place, learning_rate(step, cfg)
-        totals = torch.zeros(3 + rt.world + 4 * cfg.n_levels, dtype=torch.float64, device=rt.device)
+        totals = torch.zeros(3 + 2 * rt.world + 4 * cfg.n_levels, dtype=torch.float64, device=rt.device)
+        sums, ranks, gates = totals.split((3, 2 * rt.world, 4 * cfg.n_levels))
+        bad, active = ranks.view(2, rt.world)  # each rank writes its own
         for a, batch in enumerate(self.loader.micro_batches()):
             alone = rt.world > 1 and a + 1 < A  # gradients are averaged over ranks once a step
             with self.parallel.no_sync() if alone else contextlib.nullcontext():
                 loss, ce, stats = self.micro_step(*batch)
-            totals[0] += loss
-            totals[1] += ce
-            totals[3 + rt.rank] += ~loss.isfinite()
-            totals[3 + rt.world:] += stats.flatten()
-        totals[2] = float(self.stop > 0)
+            sums[0] += loss
+            sums[1] += ce
+            bad[rt.rank] += ~loss.isfinite()
+            active[rt.rank] += stats[:, 2].sum()
+            gates += stats.flatten()
+        sums[2] = float(self.stop > 0)
         rt.sum(totals)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        host, grad_norm = totals.tolist(), norm.item()  # the host waits here
-        self.check_finite(step, place, host[3:3 + rt.world], grad_norm)
+        host, grad_norm = sums.tolist(), norm.item()  # the host waits here
+        self.check_finite(step, place, bad.tolist(), grad_norm)
         if cfg.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        stats = totals[3 + rt.world:].view(-1, 4)
+        stats = gates.view(-1, 4)
         self.control.update(moments(stats, cfg.step_tokens))
         rt.synchronize()
         self.stopping = host[2] > 0
@@ -1757,7 +1764,7 @@ class Trainer:
                 "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
                 "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
                 **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
-                "var_coef": mirrored(self.control.coef[1])}
+                "var_coef": mirrored(self.control.coef[1]), **imbalance(active.tolist())}
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
@@ -1800,24 +1807,36 @@ class Trainer:
             raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove it to go "
                             "on from an earlier one")
 
-    def step_ratio(self, rounds: int = 5) -> dict:
-        """Seconds of forward and backward on one micro-batch as trained, and with every gate taken out."""
+    def step_seconds(self, rounds: int = 5) -> dict:
+        """Seconds of forward and backward on one micro-batch: as trained, with every gate taken out, and, among
+        several ranks, with the gradients averaged; and of averaging as many numbers by itself. Medians."""
         batch = [t.to(self.rt.device) for t in self.loader.pending.result()]
-        seconds = {"gated": [], "dense": []}
-        gated_cfg, parallel = self.cfg, self.parallel
-        self.parallel = self.model
-        for i in range(rounds + 1):
-            for variant, cfg in (("gated", gated_cfg), ("dense", dataclasses.replace(
-                    gated_cfg, control="dense", mean_coef_init=None, var_coef_init=None, coef_update=None))):
-                self.model.cfg = cfg
-                self.rt.synchronize()
-                start = time.perf_counter()
-                self.micro_step(*batch)
-                self.rt.synchronize()
-                seconds[variant] += [time.perf_counter() - start] if i else []
-        self.model.cfg, self.parallel = gated_cfg, parallel
+        dense = dataclasses.replace(self.cfg, control="dense", mean_coef_init=None, var_coef_init=None,
+                                    coef_update=None)
+        variants = {"gated": (self.cfg, self.model), "dense": (dense, self.model)}
+        variants |= {"averaged": (self.cfg, self.parallel)} if self.rt.world > 1 else {}
+        gradients = torch.zeros(sum(p.numel() for p in self.model.parameters()), device=self.rt.device)
+        seconds, parallel = {k: [] for k in [*variants, "all_reduce"]}, self.parallel
+
+        def clock(name, run):
+            self.rt.synchronize()
+            start = time.perf_counter()
+            run()
+            self.rt.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+
+        for _ in range(rounds + 1):
+            for name, (self.model.cfg, self.parallel) in variants.items():
+                clock(name, lambda: self.micro_step(*batch))
+            clock("all_reduce", lambda: self.rt.sum(gradients))
+        self.model.cfg, self.parallel = self.cfg, parallel
         self.model.zero_grad(set_to_none=True)
-        return {k: sorted(v)[len(v) // 2] for k, v in seconds.items()}
+        return {k: sorted(v[1:])[rounds // 2] for k, v in seconds.items()}  # (the first warms up)
+
+
+def imbalance(active: list[float]) -> dict:
+    """Active tokens of the busiest rank, in units of the mean over ranks; nothing where there is one rank."""
+    return {} if len(active) == 1 else {"rank_imbalance": max(active) / mean(active) if any(active) else 1.0}
 
 
 def graphs_compiled() -> int:
@@ -1949,7 +1968,7 @@ def finish_interrupted(trainer: Trainer, record: Record, step: int) -> int:
     return 0
 
 
-def summarise(trainer: Trainer, step: int, history: list[dict], ratio: dict, steps: list[dict]) -> dict:
+def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, steps: list[dict]) -> dict:
     cfg, rt, last = trainer.cfg, trainer.rt, history[-1]
     peak = peak_flops(rt)
     estimated = estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len
@@ -1963,7 +1982,9 @@ def summarise(trainer: Trainer, step: int, history: list[dict], ratio: dict, ste
         "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "mfu": rate * train_flops / (peak * rt.world) if peak else None,
-        "gated_step_seconds": ratio["gated"], "dense_step_seconds": ratio["dense"],
+        "gated_step_seconds": seconds["gated"], "dense_step_seconds": seconds["dense"],
+        "averaged_step_seconds": seconds.get("averaged"), "all_reduce_seconds": seconds["all_reduce"],
+        "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
         "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
     }
 
@@ -1990,11 +2011,11 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
         record.bar.close()
         record.bar = None
     recompiles = graphs_compiled() - trainer.graphs
-    ratio = trainer.step_ratio()
+    seconds = trainer.step_seconds()
     if not rt.main:
         return 0
     events = record.events()
-    summary = summarise(trainer, step, history, ratio, [e for e in events if e["kind"] == "train"])
+    summary = summarise(trainer, step, history, seconds, [e for e in events if e["kind"] == "train"])
     summary["recompiles_after_warm_up"] = recompiles
     export_weights(trainer.model, record.folder / "model.safetensors")
     plot(events, cfg, record.folder / "plot.png")
@@ -2018,6 +2039,10 @@ def closing_lines(record: Record, s: dict, first: float, cfg: Config):
                    "size (forward and backward of one micro-batch, medians, measured now)")
     else:
         record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g}")
+    if s["ranks"] > 1:
+        record.say(f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} ms alone and "
+                   f"lengthens a step by {1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the "
+                   f"busiest rank has {s['rank_imbalance']:.3f} of the mean number of active tokens")
     script = Path(sys.argv[0]).name
     record.say(f"record: {record.folder} (look at plot.png)\nnext:\n"
                f"  python {script} eval --checkpoint {record.folder}\n"

@@ -242,18 +242,74 @@ def measure_decoding(bench, batch, rounds, report):
 def slowest_kernels(bench, rate, sparsity=0.75, top=10):
     """What the time of a gated training step goes to: the kernels that take most of it, with their share, and for
     matrix products their part of the machine's own rate (the floor of the others is the memory they move, which the
-    profiler does not know)."""
+    profiler does not know). Before them, on a GPU: how often and how long the host waits, and the share of the step
+    that the device stands idle."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     bench.use("gated", sparsity)
     bench.train("gated", sparsity)
     with torch.profiler.profile(activities=activities[:1 + torch.cuda.is_available()], with_flops=True) as profile:
-        clock(bench.rt, lambda: bench.train("gated", sparsity))
+        wall, _ = clock(bench.rt, lambda: bench.train("gated", sparsity))
     cuda = bench.rt.device.type == "cuda"
     rows = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
     total = sum(t for t, _ in rows) or 1
-    return [{"kernel": e.key, "calls": e.count, "milliseconds": t / 1e3, "share": t / total,
+    waits = [e for _, e in rows if "Synchronize" in e.key]
+    host = {"waits": sum(e.count for e in waits), "milliseconds": sum(e.self_cpu_time_total for e in waits) / 1e3,
+            "device_idle": max(0.0, 1 - 1e-6 * total / wall)} if cuda else None
+    return host, [{"kernel": e.key, "calls": e.count, "milliseconds": t / 1e3, "share": t / total,
              "of_matmul_rate": e.flops / (1e-6 * t) / rate if e.flops else None}
             for t, e in sorted(rows, key=lambda row: -row[0])[:top]]
+
+
+# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, bias, scale), heads first: bias (n,) is added to the
+# logits of key j. The product of all is the same; what they cost, and what bfloat16 leaves of ln g, is not.
+
+def carry_bias(attend, q, k, v, ln_g):
+    """A captured tensor; its gradient is summed by atomic adds."""
+    return attend(q, k, v, ln_g, q.shape[-1]**-0.5)
+
+
+def carry_key_columns(attend, q, k, v, ln_g):
+    """1 / scale appended to q, ln g to k, as a high and a low part of the products' precision."""
+    scale = q.shape[-1]**-0.5
+    high = ln_g.detach().to(k.dtype)
+    low = (ln_g - high.to(ln_g.dtype)).to(k.dtype)
+    columns = torch.stack((high, low), -1).expand(*k.shape[:-1], 2)
+    ones = torch.full_like(columns, 1 / scale).expand(*q.shape[:-1], 2)
+    widen = (0, 14)  # zeros, to a width that the kernels take
+    return attend(F.pad(torch.cat((q, ones), -1), widen), F.pad(torch.cat((k, columns), -1), widen), v, None, scale)
+
+
+def carry_value_column(attend, q, k, v, ln_g):
+    """Values [g v, g] under ungated weights, and the quotient."""
+    g = ln_g.exp().to(v.dtype)[:, None].expand(*v.shape[:-1], 1)
+    y = attend(q, k, F.pad(torch.cat((g * v, g), -1), (0, 15)), None, q.shape[-1]**-0.5)
+    D = v.shape[-1]
+    return y[..., :D] / y[..., D:D + 1]
+
+
+def measure_carriers(bench, rounds):
+    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip, by what carries ln g."""
+    cfg, rt = bench.cfg, bench.rt
+    seq = torch.arange(cfg.device_batch_size, device=rt.device).repeat_interleave(cfg.max_seq_len // 2)
+    seq = tgs.padded(seq, cfg.device_batch_size)
+    mask, shape = tgs.block_mask(seq), (cfg.n_heads, len(seq), cfg.head_dim)
+    q, k, v = (torch.randn(shape, device=rt.device, dtype=rt.dtype, requires_grad=True) for _ in range(3))
+    ln_g = torch.rand(len(seq), device=rt.device).clamp(min=1e-6).log().requires_grad_()
+    flex = tgs.compiled_flex_attention()
+
+    def attend(q, k, v, bias, scale):
+        score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[j]
+        return flex(q[None], k[None], v[None], score_mod=score_mod, block_mask=mask, scale=scale)[0]
+
+    def run(carry):
+        carry(attend, q, k, v, ln_g).float().square().mean().backward()
+
+    seconds = {carry: [] for carry in (carry_bias, carry_key_columns, carry_value_column)}
+    for i in range(rounds + 3):
+        for carry in seconds:
+            t, _ = clock(rt, lambda: run(carry))
+            seconds[carry] += [t] if i > 2 else []
+    return {carry.__name__: median(t) for carry, t in seconds.items()}
 
 
 def gpu_tests():
@@ -323,12 +379,13 @@ def main(argv=None):
         report.compare(products.rate)
         print(f"matrix products alone: {products.rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}")
         print(report.text())
-        kernels = slowest_kernels(bench, products.rate) if "train" in args.modes else []
+        host, kernels = slowest_kernels(bench, products.rate) if "train" in args.modes else (None, [])
         for k in kernels:
             rate = "" if k["of_matmul_rate"] is None else f"  {k['of_matmul_rate']:.2f} of the products' rate"
             print(f"{k['share']:6.1%} {k['milliseconds']:9.2f} ms {k['calls']:6d} x {k['kernel'][:70]}{rate}")
-        if tests:
-            print(tests)
+        carriers = measure_carriers(bench, args.rounds) if args.gpu_report else None
+        if args.gpu_report:
+            print(f"host: {host}\nln g carried by, seconds: {carriers}\n{tests}")
         folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
     except tgs.UserError as e:
         print(f"bench.py: error: {e}", file=sys.stderr)
@@ -336,7 +393,7 @@ def main(argv=None):
     env = tgs.environment(rt, {})
     content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
                "matmul_flops_per_s": products.rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env,
-               "gpu_tests": tests, "kernels": kernels}
+               "gpu_tests": tests, "host": host, "kernels": kernels, "carriers": carriers}
     (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"record: {folder}")
     return 0
