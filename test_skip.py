@@ -1,6 +1,7 @@
 """The specification of train_gpt_skip.py as tests: each name is a sentence of it, groups follow the script.
 
-The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the script.
+The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the
+script.
 """
 import errno, fcntl, hashlib, importlib, importlib.util, json, math, os, pickle, pty, random, re, shutil, signal, socket
 import struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
@@ -162,7 +163,8 @@ def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):
     torch.testing.assert_close(torch.tensor(report["gate_mean"]), gates.mean((1, 2)).float(), rtol=1e-4, atol=1e-5)
     assert report["gate_zero"] == pytest.approx((gates == 0).double().mean((1, 2)).tolist())
     for name, p in model.named_parameters():
-        exact = torch.zeros_like(P[name]) if P[name].grad is None else P[name].grad  # None: no token reached it
+        # None: no token reached it
+        exact = torch.zeros_like(P[name]) if P[name].grad is None else P[name].grad
         scale = exact.abs().max() + 1e-3
         torch.testing.assert_close(p.grad.double() / scale, exact / scale, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -185,8 +187,8 @@ def test_packed_and_masked_agree_in_the_loss_and_in_every_gradient(seed, closing
 
 
 def test_a_skipped_position_changes_nothing_that_other_positions_see():
-    """Tokens 0 and 1 skip at the first router; one for the other leaves all other logits the same, bit for bit.
-    With the released code's attention (no gate on keys) it does not."""
+    """Tokens 0 and 1 skip at the first router; one for the other leaves all other logits the same, bit for
+    bit. With the released code's attention (no gate on keys) it does not."""
     for gate_attention in ("keys", "none"):
         model, cfg = random_model(2, gate_attention=gate_attention, compute="masked")
         with torch.no_grad():
@@ -328,7 +330,8 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
 @pytest.mark.parametrize("kw", [dict(closing=0.3), dict(closing=1.5, n_kv_heads=1), dict(closing=0.3, compute="masked"),
                                 dict(control="dense")], ids=str)
 def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
-    """The whole forward pass as on CUDA: rows padded to blocks, block masks, FlexAttention; also prompts and decoding."""
+    """The whole forward pass as on CUDA: rows padded to blocks, block masks, FlexAttention; also prompts and
+    decoding."""
     model, cfg = random_model(9, **kw)
     inputs, targets = random_tokens(cfg, 3, 7)
     with torch.no_grad():
@@ -346,7 +349,8 @@ def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
 @pytest.mark.parametrize("carry", ["carry_bias", "carry_key_columns", "carry_value_column"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_whatever_carries_ln_g_gives_eq_3_and_its_gradients(carry, dtype):
-    """Also from float32 products with ln g in float64: the columns' low part keeps what the high part rounds away."""
+    """Also from float32 products with ln g in float64: the columns' low part keeps what the high part rounds
+    away."""
     H, n, D = 2, 12, 8
     generator = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(H, n, D, generator=generator, dtype=torch.float64) for _ in range(4))
@@ -475,7 +479,8 @@ def decoded(model, prompts, steps):
 
 
 def check_decoding(model, prompts, steps):
-    """Every token, depth and the last logits are those of the full forward pass over each sequence by itself."""
+    """Every token, depth and the last logits are those of the full forward pass over each sequence by
+    itself."""
     logits, (rows, depths), decoder = decoded(model, prompts, steps)
     for b, row in enumerate(rows):
         full, depth = model_logits(model, torch.tensor([row[:-1]]).to(logits.device))
@@ -549,7 +554,8 @@ def test_depth_is_tabled_by_token_and_by_position_in_word_and_document():
     table.add(inputs, torch.tensor([[4, 2, 4, 0, 2], [2, 4, 4, 2, 0]]))
     tables = table.tables(at_least=1)
     assert dict((name, (depth, n)) for name, depth, n in tables["token"])["'e'"] == (3.0, 2)
-    # a word's first token follows white space or the end of text, or is one of them: only b and the second e do not
+    # a word's first token follows white space or the end of text, or is one of them: only b and the second e
+    # do not
     assert tables["position in the word"] == [("0", 18 / 8, 8), ("1", 6 / 2, 2)]
     assert sum(n for _, _, n in tables["position in the document"]) == 10
 
@@ -787,7 +793,8 @@ def test_a_run_of_the_script_leaves_a_record_that_says_everything(tmp_path, corp
 
 
 def test_the_first_steps_of_a_run_are_those_of_the_equations(tmp_path, corpus):
-    """Loss, gate statistics and coefficients of two steps of two micro-batches, by oracle and AdamW in float64."""
+    """Loss, gate statistics and coefficients of two steps of two micro-batches, by oracle and AdamW in
+    float64."""
     cfg = Config(**TINY | dict(num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3))
     assert tgs.main(flags(corpus, tmp_path, num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3)) == 0
     seen = events(only_record(tmp_path), "train")
@@ -1160,7 +1167,8 @@ def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_c
         path.unlink()
     assert tgs.main(argv + ["--resume", str(record)]) == 0
     assert same_end(end_of(record), whole)
-    assert timeless(record)[0]["cross_entropy"] == timeless(first)[-1]["cross_entropy"]  # they began from its weights
+    # they began from its weights
+    assert timeless(record)[0]["cross_entropy"] == timeless(first)[-1]["cross_entropy"]
 
 
 def test_runs_that_start_in_the_same_second_write_records_of_their_own(tmp_path, corpus, no_plot):
@@ -1438,8 +1446,10 @@ def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_w
         assert run.wait() == [0] * world, run.text()
     one, two, four = (losses(only_record(tmp_path / w)) for w in "124")
     assert_same_losses(one, two), assert_same_losses(one, four)
-    assert any(0 < z < 1 for e in events(only_record(tmp_path / "1")) for z in e["gate_zero"])  # some skip, some not
-    assert [(tmp_path / f"calls_{r}").read_text() for r in (0, 1)] == ["12", "12"]  # one bucket: 6 steps of two micro-batches, and 6 to time it
+    # some skip, some not
+    assert any(0 < z < 1 for e in events(only_record(tmp_path / "1")) for z in e["gate_zero"])
+    # one bucket: 6 steps of two micro-batches, and 6 to time it
+    assert [(tmp_path / f"calls_{r}").read_text() for r in (0, 1)] == ["12", "12"]
     summary = json.loads((only_record(tmp_path / "2") / "summary.json").read_text())
     assert summary["ranks"] == 2 and 1 <= summary["rank_imbalance"] <= 2
     assert summary["all_reduce_seconds"] > 0 and summary["averaged_step_seconds"] > 0
@@ -1498,7 +1508,8 @@ def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(tmp_path, c
         tgs.Trainer.micro_step = step
     run = Ranks(tmp_path, flags(corpus, tmp_path / "t"), 2, poisons)
     assert run.wait(30) == [3, 3] and len(run.errors()) == 1 and "loss on rank 1" in run.errors()[0], run.text()
-    for wrong in (["--dim", "15"], ["--train_files", "none_*.bin"], ["--batch_size", "2"]):  # the same on all: said once
+    # the same on all: said once
+    for wrong in (["--dim", "15"], ["--train_files", "none_*.bin"], ["--batch_size", "2"]):
         run = Ranks(tmp_path, flags(corpus, tmp_path / "u") + wrong, 2)
         assert run.wait(30) == [2, 2] and len(run.errors()) == 1 and wrong[0] in run.text(), run.text()
     assert not (tmp_path / "u").exists()
@@ -2247,6 +2258,30 @@ def report_record(parent, name, second=0, summary=(), env=(), **settings):
     return folder
 
 
+def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_path, capsys):
+    argv = ["--device", "cpu", "--rounds", "1", "--decode_batches", "1", "3", "--records_dir", tmp_path, "--no-compile"]
+    for k, v in dict(dim=32, n_heads=2, n_layers=4, max_seq_len=64, vocab_size=64, device_batch_size=2).items():
+        argv += [f"--{k}", v]
+    assert load_bench().main([str(a) for a in argv]) == 0
+    bench = json.loads(next(tmp_path.glob("*_bench/bench.json")).read_text())
+    variants = [("dense", None)] + [("gated", s) for s in (0, 0.25, 0.5, 0.75)]
+    want = [(mode, 2, *v) for mode in ("train", "prefill") for v in [("eager", None), *variants]]
+    want += [("decode", batch, *v) for batch in (1, 3) for v in variants]
+    assert [(r["mode"], r["batch"], r["variant"], r["sparsity"]) for r in bench["rows"]] == want
+    dense = {(r["mode"], r["batch"]): r for r in bench["rows"] if r["variant"] == "dense"}
+    for row in bench["rows"]:
+        of = dense[row["mode"], row["batch"]]
+        assert row["speedup"] == pytest.approx(of["seconds"] / row["seconds"])
+        assert row["efficiency"] == pytest.approx(row["speedup"] * row["flops_per_token"] / of["flops_per_token"])
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * row["flops_per_token"] / bench["matmul_flops_per_s"])
+        if row["sparsity"] is not None:  # all but the routers, the head and the pairs scale with the active tokens
+            share = row["flops_per_token"] / of["flops_per_token"]
+            assert (1 - row["sparsity"]) * 0.9 < share < 1 - row["sparsity"] + 0.25 + 0.01
+    cached = [r["peak_bytes"] for r in bench["rows"] if r["mode"] == "decode" and r["batch"] == 3]
+    assert cached[0] == cached[1] and cached[1:] == sorted(cached[1:], reverse=True)
+    assert sum(k["share"] for k in bench["kernels"]) <= 1 and "matrix products alone" in capsys.readouterr().out
+
+
 def report_bench(parent, name, device):
     folder = parent / f"2026-11-22_21-00-00_{name}"
     folder.mkdir(parents=True)
@@ -2366,7 +2401,8 @@ def test_report_shows_milliseconds_of_a_gpus_benchmark_only(tmp_path, capsys):
 
 
 def report_sweep(tmp_path, *flags, layers="2 4", targets="0.0 0.5", status=0):
-    """records/sweep.sh with a stub for run.sh; returns the flags that each run was given, and what it printed."""
+    """records/sweep.sh with a stub for run.sh; returns the flags that each run was given, and what it
+    printed."""
     stub = tmp_path / "run"
     stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit {status}\n')
     stub.chmod(0o755)
@@ -2383,7 +2419,8 @@ def report_sweep(tmp_path, *flags, layers="2 4", targets="0.0 0.5", status=0):
 def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interrupted(tmp_path):
     records, common = tmp_path / "records", dict(num_steps=100, lr=0.002)
     report_record(records, "sweep-2-dense", control="dense", coef_update=0.0, n_layers=2, **common)
-    report_record(records, "sweep-4-dense", control="dense", coef_update=0.0, n_layers=4, num_steps=200)  # by other flags
+    # by other flags
+    report_record(records, "sweep-4-dense", control="dense", coef_update=0.0, n_layers=4, num_steps=200)
     cut = report_record(records, "sweep-4-0.0", n_layers=4, mean_target_end=0.0, summary=dict(interrupted=True), **common)
     calls, done = report_sweep(tmp_path, "--preset", "demo", "--num_steps", "100", "--lr=2e-3", "--device", "cpu")
     given = "--preset demo --num_steps 100 --lr=2e-3 --device cpu "
@@ -2392,7 +2429,8 @@ def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interru
         f"{given}--control dense --coef_update 0 --n_layers 4 --name sweep-4-dense --records_dir {records}",
         f"{given}--control none --coef_update 0 --n_layers 4 --name sweep-4-none --records_dir {records}",
         f"--resume {cut}",
-        f"{given}--control proportional --mean_target_end 0.5 --n_layers 4 --name sweep-4-0.5 --records_dir {records}"]
+        f"{given}--control proportional --mean_target_end 0.5 --n_layers 4 "
+        f"--name sweep-4-0.5 --records_dir {records}"]
     assert "sweep-2-dense finished" in done.stdout and (records / "README.md").exists()
 
 

@@ -1,12 +1,12 @@
 """Train language models that learn to skip their own middle layers, in one file.
 
-The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103), in
-which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores a
-training step at half sparsity takes 0.54 of the dense step's time (records/2026-11-22_22-10-56_bench: float32,
-torch 2.13, 12 blocks, d 384). Three commands:
+The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
+in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
+a training step at half sparsity takes 0.54 of the dense step's time (records/2026-11-22_22-10-56_bench:
+float32, torch 2.13, 12 blocks, d 384). Three commands:
 
-    ./run.sh                                                   # train: the demo, or Table 2 on GPUs with shards
-    python train_gpt_skip.py eval --checkpoint records/X       # loss, sparsity, FLOPs, which tokens skip
+    ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
+    python train_gpt_skip.py eval --checkpoint records/X    # loss, sparsity, FLOPs, which tokens skip
     python train_gpt_skip.py sample --checkpoint records/X --prompt 'def ' --show_depth
 """
 from __future__ import annotations
@@ -138,7 +138,8 @@ class Config:
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
         yield self.vocab_size <= 2**16, f"--vocab_size {self.vocab_size}: tokens have 16 bits, at most 65536"
         yield self.batch_size % self.device_batch_size == 0, (
-            f"--batch_size {self.batch_size} is not a multiple of --device_batch_size {self.device_batch_size}")
+            f"--batch_size {self.batch_size} is not a multiple of --device_batch_size "
+            f"{self.device_batch_size}")
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
@@ -169,11 +170,17 @@ class Config:
     def step_tokens(self):
         return self.batch_size * self.max_seq_len
 
+    def dense(self):
+        """The same model without routers."""
+        return dataclasses.replace(self, control="dense", mean_coef_init=None, var_coef_init=None,
+                                   coef_update=None)
+
 
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
-MAY_BE_ZERO = {"seed", "weight_decay", "warmup_fraction", "start_factor", "mean_target_start", "mean_target_end",
-               "mean_coef_init", "var_coef_init", "coef_update", "tolerance", "beta1", "beta2", "num_steps"}
+MAY_BE_ZERO = {"seed", "weight_decay", "warmup_fraction", "start_factor", "mean_target_start",
+               "mean_target_end", "mean_coef_init", "var_coef_init", "coef_update", "tolerance", "beta1",
+               "beta2", "num_steps"}
 MAY_BE_NEGATIVE = {"mean_coef_init", "var_coef_init", "target_loss"}
 
 PRESETS = {
@@ -215,8 +222,8 @@ class Runtime:
         local = int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available() if cfg.device is None else cfg.device == "cuda"
         if cuda and local >= torch.cuda.device_count():
-            raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process {local} "
-                            "has none; use --device cpu or fewer processes (NPROC)")
+            raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
+                            f"{local} has none; use --device cpu or fewer processes (NPROC)")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.dtype = torch.bfloat16 if (cfg.dtype or ("bfloat16" if cuda else "float32")) == "bfloat16" \
             else torch.float32
@@ -228,10 +235,11 @@ class Runtime:
             keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             store, timeout = next(dist.rendezvous("env://"))[0], datetime.timedelta(minutes=10)
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts share a store: hide old addresses
+            # torchrun's restarts share a store: hide old addresses
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
-                                    timeout=timeout)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank,
+                                    world_size=self.world, timeout=timeout)
 
     @property
     def main(self):
@@ -347,8 +355,8 @@ def padded(x: Tensor, value) -> Tensor:
 def block_tables(seq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Block-sparse tables of the causal same-sequence mask, without an n x n tensor.
 
-    seq: (n,) sorted, n a multiple of ROWS. Returns the number and indices of each query block's partly visible
-    key blocks, then of its fully visible ones: (1, 1, nb), (1, 1, nb, nb), (1, 1, nb), (1, 1, nb, nb), int32.
+    seq: (n,) sorted, n a multiple of ROWS. Returns the number and indices of each query block's partly
+    visible key blocks, then of its fully visible ones, int32: (1, 1, nb), (1, 1, nb, nb), twice.
     """
     nb = len(seq) // ROWS
     blocks = seq.view(nb, ROWS)
@@ -383,9 +391,9 @@ def log_gate(g: Tensor) -> Tensor:
 
 
 def attention_kernel(layout: Layout):
-    """What computes Eq. 3 on this layout: causal attention within each sequence, ln g_j added to the logit of key
-    j, softmax in float32. A function of q (n, heads, head_dim), k and v (n, kv_heads, head_dim), ln_g (n,) or None
-    (no gate), and the layout; it returns (n, heads, head_dim)."""
+    """What computes Eq. 3 on this layout: causal attention within each sequence, ln g_j added to the logit of
+    key j, softmax in float32. A function of q (n, heads, head_dim), k and v (n, kv_heads, head_dim), ln_g
+    (n,) or None (no gate), and the layout; it returns (n, heads, head_dim)."""
     if layout.cache is not None:
         return layout.cache.attend
     return attend_rows if layout.mask is None else attend_flex
@@ -570,8 +578,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.parts, self.chunk_loss, self.attend_some = EAGER, chunk_loss, None
 
     def compile(self):
-        """The two parts of a block around attention have one graph each, that serves every block: parameters are
-        inputs, the number of active tokens is dynamic."""
+        """The two parts of a block around attention have one graph each, that serves every block: parameters
+        are inputs, the number of active tokens is dynamic."""
         self.parts = tuple(torch.compile(part, dynamic=True) for part in EAGER)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
         self.attend_some = torch.compile(attend_some, dynamic=True)
@@ -591,7 +599,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
 
     def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
         """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), the
-        statistics of `span` (L/2, 4; None with a cache), and the number of blocks that each token ran (n,)."""
+        statistics of `span` (L/2, 4; None with a cache), and how many blocks each token ran (n,)."""
         n, depth, stats = len(tokens), torch.zeros_like(tokens), [] if cache is None else None
         layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
         h = self.input_norm(self.tok_embeddings(padded(tokens, 0)))
@@ -782,7 +790,8 @@ def failure_signature(cfg: Config, step: int, ce: float, history: list[dict]) ->
     event, first, best = history[-1], history[0]["cross_entropy"], min(e["cross_entropy"] for e in history)
     aims = CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
     if aims and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
-        return "collapse to dense: no gate is closed although the targets ask for it; try a larger --coef_update"
+        return ("collapse to dense: no gate is closed although the targets ask for it; try a larger "
+                "--coef_update")
     if step and ce > first + 0.1:
         return "divergence: validation loss is above where it began; try a lower --lr or --norm sandwich"
     if ce > best + 0.2:
@@ -887,8 +896,9 @@ class Shards:
         said = dataset.get("shards", {})
         for shard in self.describe():
             if said.get(shard["name"], shard).get("tokens") != shard["tokens"]:
-                raise UserError(f"{path} says {said[shard['name']].get('tokens')} tokens of {shard['name']}, which has "
-                                f"{shard['tokens']}: one of the two is from another dataset; make or fetch both again")
+                raise UserError(f"{path} says {said[shard['name']].get('tokens')} tokens of {shard['name']}, "
+                                f"which has {shard['tokens']}: one of the two is from another dataset; make "
+                                "or fetch both again")
         return dataset
 
     def bytes_per_token(self) -> float | None:
@@ -908,8 +918,8 @@ def find_files(pattern: str) -> list[Path]:
 class TrainLoader:
     """Contiguous blocks of batch_size T (+1) tokens; micro-batch a of rank r of R is window a R + r of each.
 
-    A tail too short for a block is dropped; after the last shard comes the first. `place`, the (shard, position)
-    of the next step's block, is all that a checkpoint needs. One micro-batch is read ahead, in a thread.
+    A tail too short for a block is dropped; after the last shard comes the first. `place`, the (shard,
+    position) of the next step's block, is all that a checkpoint needs. A thread reads one micro-batch ahead.
     """
 
     def __init__(self, shards: Shards, cfg: Config, rt: Runtime):
@@ -917,8 +927,8 @@ class TrainLoader:
         self.accumulation = cfg.batch_size // (cfg.device_batch_size * rt.world)
         self.steps_per_pass = sum((len(t) - 1) // self.block for t in shards.tokens)
         if not self.steps_per_pass:
-            raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {self.block + 1} tokens; "
-                            "use a smaller --batch_size or longer shards")
+            raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {self.block + 1} "
+                            "tokens; use a smaller --batch_size or longer shards")
         self.pool = ThreadPoolExecutor(1)
         self.seek((0, 0))
 
@@ -940,7 +950,7 @@ class TrainLoader:
         return window[:-1].view(B, T), window[1:].view(B, T)
 
     def micro_batches(self):
-        """The (inputs, targets) of this rank's micro-batches of the next step, each (device_batch_size, T)."""
+        """(inputs, targets) of this rank's micro-batches of the next step, each (device_batch_size, T)."""
         following = self.fit(self.place[0], self.place[1] + self.block)
         for a in range(self.accumulation):
             batch = self.pending.result()
@@ -960,7 +970,8 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
         groups["norms" if "norm" in name else "routers" if name.startswith("masks.") else "default"].append(p)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
     return torch.optim.AdamW([{"params": p, "name": name} for name, p in groups.items() if p], lr=cfg.lr,
-                             betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
+                             betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay,
+                             fused=True)
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -1001,13 +1012,14 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
     rt.sum(totals)
     tokens, stats = len(places) * T, totals[1:].view(-1, 4).cpu()
     return {"cross_entropy": totals[0].item() / tokens, **gate_report(stats, tokens), "tokens": tokens,
-            "val_s": time.perf_counter() - start, "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
+            "val_s": time.perf_counter() - start,
+            "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
 
 @torch.no_grad()
 def token_losses(model: MiddleSkippingTransformer, rt: Runtime, rows: list[list[int]]):
-    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens): a list of
-    tensors; and the summed statistics of `span`. Rows of any lengths are packed together."""
+    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens): a list
+    of tensors; and the summed statistics of `span`. Rows of any lengths are packed together."""
     out, totals, room = [], 0, model.cfg.device_batch_size * model.cfg.max_seq_len
     while len(out) < len(rows):
         batch, n = [], 0
@@ -1160,8 +1172,9 @@ class LayerCache:
         return F.pad(self.attend_new(q[:n], seq), (0, 0, 0, 0, 0, len(q) - n))
 
     def attend_new(self, q: Tensor, seq: Tensor) -> Tensor:
-        """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it. Every row of
-        the cache attends, in one call: cheaper than to copy the rows that ask, not than to read only those."""
+        """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it. Every
+        row of the cache attends, in one call: cheaper than to copy the rows that ask, not than to read only
+        those."""
         m = int(self.counts.max())
         groups = q.unflatten(1, (self.k.shape[1], -1))  # (n, kv_heads, heads of a group, head_dim)
         if self.attend_some and 1 < len(seq) < len(self.counts):
@@ -1193,7 +1206,8 @@ def attend_some(q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor, rows: Tensor, m: 
     """Eq. 3 for one query of each of these rows of a cache, written out, so that compiled it reads only them.
     q, and the result: (n, kv_heads, heads of a group, head_dim)."""
     k, v, ln_g = k[rows][:, :, None, :m], v[rows][:, :, None, :m], ln_g[rows][:, None, None, :m]
-    p = ((q.float()[:, :, :, None] * k).sum(-1) * q.shape[-1]**-0.5 + ln_g).softmax(-1)  # (n, kv_heads, group, m)
+    # (n, kv_heads, group, m)
+    p = ((q.float()[:, :, :, None] * k).sum(-1) * q.shape[-1]**-0.5 + ln_g).softmax(-1)
     return (p[..., None] * v).sum(3).to(q.dtype)
 
 
@@ -1374,7 +1388,8 @@ class Record:
         if rt.main and folder is None:
             self.folder = make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
         if rt.main:
-            self.metrics, self.text = (open(self.folder / n, "ab", buffering=0) for n in ("metrics.jsonl", "log.txt"))
+            names = "metrics.jsonl", "log.txt"
+            self.metrics, self.text = (open(self.folder / name, "ab", buffering=0) for name in names)
 
     def append(self, file, line: str):
         """A whole line or none, through no buffer."""
@@ -1447,8 +1462,8 @@ def write_atomically(path: Path, write):
 
 
 def unwritable(path: Path, e: Exception) -> UserError:
-    return UserError(f"{path} cannot be written: {getattr(e, 'strerror', None) or f'is the disk full? {e}'}; what was "
-                     f"saved before is whole: mend this, then go on with --resume {path.parent}")
+    return UserError(f"{path} cannot be written: {getattr(e, 'strerror', None) or f'is the disk full? {e}'}; "
+                     f"what was saved before is whole: mend this, then go on with --resume {path.parent}")
 
 
 def read_json(path: Path) -> dict:
@@ -1464,7 +1479,8 @@ def read_json(path: Path) -> dict:
 def run_quietly(*command) -> str | None:
     """What a program prints, or None where there is no such program or it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=ROOT).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
+                              cwd=ROOT).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -1523,7 +1539,8 @@ def plot(events: list[dict], cfg: Config, path: Path):
     fig, axes = plt.subplots(1, 3 if cfg.gated else 1, figsize=(15 if cfg.gated else 6, 4.2), squeeze=False)
     axes, colors = axes[0], plt.cm.viridis(np.linspace(0.05, 0.9, cfg.n_levels))
     axes[0].plot(steps, [e["cross_entropy"] for e in train], color="0.7", lw=1, label="training")
-    axes[0].plot([e["step"] for e in val], [e["cross_entropy"] for e in val], "o-", ms=3, color="C3", label="validation")
+    axes[0].plot([e["step"] for e in val], [e["cross_entropy"] for e in val], "o-", ms=3, color="C3",
+                 label="validation")
     axes[0].set(title="Loss", ylabel="cross-entropy (nats a token)")
     axes[0].legend(frameon=False)
     if cfg.gated:
@@ -1580,7 +1597,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
     """(settings, tensors by name) of a checkpoint: a record, a .pt file, a folder in the authors' layout
-    (state_step*.pt, settings under "model"), or a hub folder or repo id (model.safetensors, flat settings)."""
+    (state_step*.pt, settings under "model"), or a hub folder or repo id (model.safetensors)."""
     path = Path(source)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         path = fetch_repo(source, revision)
@@ -1592,14 +1609,18 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
     settings = read_json(folder / "config.json")
     settings = settings.get("model", settings)
     if path.is_dir():
-        found = checkpoints(path, "state_step*.pt") or checkpoints(path) or sorted(path.glob("model.safetensors"))
+        found = (checkpoints(path, "state_step*.pt") or checkpoints(path)
+                 or sorted(path.glob("model.safetensors")))
         if not found:
-            raise UserError(f"checkpoint {source} has no checkpoint_*.pt, state_step*.pt or model.safetensors")
+            raise UserError(f"checkpoint {source} has no checkpoint_*.pt, state_step*.pt or "
+                            "model.safetensors")
         path = found[-1]
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     state = state.get("model", state)
-    if not isinstance(settings, dict) or not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it one of a model?")
+    dictionaries = isinstance(settings, dict) and isinstance(state, dict)
+    if not dictionaries or not all(isinstance(k, str) for k in state):
+        raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it "
+                        "one of a model?")
     return settings, {k.removeprefix("model."): v for k, v in state.items()}
 
 
@@ -1615,14 +1636,15 @@ def read_safetensors(path: Path) -> dict:
 def fetch_repo(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(repo, revision=revision,
+                                      allow_patterns=["config.json", "model.safetensors"]))
     except Exception as e:  # offline, no such repo, no right to it
         raise UserError(f"checkpoint {repo}: no such folder, and it cannot be fetched from the hub "
                         f"({str(e).strip().splitlines()[0][:160]})")
 
 
 def checkpoint_settings(settings: dict, explicit: dict, source: str, also=()) -> dict:
-    """The Config fields that a checkpoint fixes (and `also` others). UserError where a size flag disagrees."""
+    """The Config fields that a checkpoint fixes (and `also` others). UserError where a flag disagrees."""
     fixed = {k: settings[k] for k in MODEL_FIELDS if settings.get(k) is not None}
     fixed |= {k: settings[k] for k in ("encoding", *also) if settings.get(k) is not None}
     fixed |= {"control": "dense"} if settings.get("control") == "dense" else {}
@@ -1639,16 +1661,19 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str):
     """Load tensors of any float type; UserError where names or shapes are not the model's."""
     own = model.state_dict()
     if not model.cfg.gated:  # a dense model may be stored with routers that are all zero
-        state = {k: v for k, v in state.items() if not (k.startswith("masks.") and isinstance(v, Tensor) and not v.any())}
+        state = {k: v for k, v in state.items()
+                 if not (k.startswith("masks.") and isinstance(v, Tensor) and not v.any())}
     if wrong := sorted(own.keys() ^ state.keys()):
         which = "lacks" if wrong[0] in own else "also has"
         hint = "; try --control dense" if wrong[0].startswith("masks.") and wrong[0] in own else (
             "; is --norm the one it was trained with?" if "post" in wrong[0] else "")
-        raise UserError(f"checkpoint {source} does not fit: it {which} {wrong[0]} ({len(wrong)} such names){hint}")
+        raise UserError(f"checkpoint {source} does not fit: it {which} {wrong[0]} ({len(wrong)} such "
+                        f"names){hint}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
-            raise UserError(f"checkpoint {source} does not fit: {k} is {getattr(v, 'dtype', type(v).__name__)} "
-                            f"{list(getattr(v, 'shape', []))}, the model's is {own[k].dtype} {list(own[k].shape)}")
+            raise UserError(f"checkpoint {source} does not fit: {k} is "
+                            f"{getattr(v, 'dtype', type(v).__name__)} {list(getattr(v, 'shape', []))}, the "
+                            f"model's is {own[k].dtype} {list(own[k].shape)}")
     model.load_state_dict(state)
 
 
@@ -1657,10 +1682,12 @@ def export_released(model: MiddleSkippingTransformer, folder: Path):
     cfg, state = model.cfg, dict(model.state_dict())
     if not cfg.gated:
         for l in range(cfg.n_levels):
-            state |= {f"masks.{l}.linear.weight": torch.zeros(1, cfg.dim), f"masks.{l}.linear.bias": torch.zeros(1)}
+            state[f"masks.{l}.linear.weight"] = torch.zeros(1, cfg.dim)
+            state[f"masks.{l}.linear.bias"] = torch.zeros(1)
     settings = {k: getattr(cfg, k) for k in SIZES} | {
         "multiple_of": 256, "initializer_range": cfg.initializer_range, "zero_init_masks": not cfg.gated}
-    write_atomically(folder / "config.json", lambda f: f.write(json.dumps({"model": settings}, indent=1).encode()))
+    text = json.dumps({"model": settings}, indent=1)
+    write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
     write_atomically(folder / "state_step0.pt", lambda f: torch.save({"step": 0, "model": state}, f))
 
 
@@ -1673,7 +1700,8 @@ def export_weights(model: MiddleSkippingTransformer, path: Path):
 # ----------------------------------------------------------------------------------------------------------
 # Training.
 
-def build_model(cfg: Config, rt: Runtime, state: dict | None = None, source: str = "") -> MiddleSkippingTransformer:
+def build_model(cfg: Config, rt: Runtime, state: dict | None = None,
+                source: str = "") -> MiddleSkippingTransformer:
     model = MiddleSkippingTransformer(cfg)
     initialise(model, cfg)
     if state is not None:
@@ -1768,22 +1796,25 @@ class Trainer:
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
-            what = f"loss on rank {[bool(b) for b in bad_ranks].index(True)}" if any(bad_ranks) else "gradient"
+            rank = next((r for r, bad in enumerate(bad_ranks) if bad), None)
+            what = "gradient" if rank is None else f"loss on rank {rank}"
             shard = self.shards["train"].paths[place[0]].name
-            raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); the weights "
-                             "are as before this step; try a lower --lr, --max_grad_norm 1 or --norm sandwich")
+            raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); "
+                             "the weights are as before this step; try a lower --lr, --max_grad_norm 1 or "
+                             "--norm sandwich")
 
     def validate(self, step: int) -> dict:
         event = evaluate(self.model, self.cfg, self.rt, self.shards["val"])
         if not math.isfinite(event["cross_entropy"]):
-            raise Divergence(f"the validation loss is not finite at step {step}; try a lower --lr, --max_grad_norm 1 "
-                             "or --norm sandwich")
+            raise Divergence(f"the validation loss is not finite at step {step}; try a lower --lr, "
+                             "--max_grad_norm 1 or --norm sandwich")
         return {"step": step, **event}
 
     def state(self, step: int, record: Record) -> dict:
         return {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
-                "record_bytes": (record.folder / "metrics.jsonl").stat().st_size, "rng": torch.get_rng_state()}
+                "record_bytes": (record.folder / "metrics.jsonl").stat().st_size,
+                "rng": torch.get_rng_state()}
 
     def save(self, step: int, record: Record):
         if self.rt.main:
@@ -1797,23 +1828,23 @@ class Trainer:
             self.control.load_state_dict(state["control"])
             self.loader.seek(tuple(state["place"]))
             torch.set_rng_state(state["rng"])
-            self.train_s, self.first_step = float(state["train_s"]), range(self.cfg.num_steps + 1)[state["step"]]
+            self.train_s = float(state["train_s"])
+            self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
             own = {p: {k: self.optimizer.state[p][k].shape for k in ("exp_avg", "exp_avg_sq")}
                    for p in self.model.parameters()}
             if self.control.coef.shape != self.control.target.shape or any(
                     shape != p.shape for p, shapes in own.items() for shape in shapes.values()):
                 raise ValueError("moments or coefficients of other sizes")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove it to go "
-                            "on from an earlier one")
+            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
+                            "it to go on from an earlier one")
 
     def step_seconds(self, rounds: int = 5) -> dict:
-        """Seconds of forward and backward on one micro-batch: as trained, with every gate taken out, and, among
-        several ranks, with the gradients averaged; and of averaging as many numbers by itself. Medians."""
+        """Seconds of forward and backward on one micro-batch: as trained, with every gate taken out, and,
+        among several ranks, with the gradients averaged; and of averaging as many numbers by itself.
+        Medians."""
         batch = [t.to(self.rt.device) for t in self.loader.pending.result()]
-        dense = dataclasses.replace(self.cfg, control="dense", mean_coef_init=None, var_coef_init=None,
-                                    coef_update=None)
-        variants = {"gated": (self.cfg, self.model), "dense": (dense, self.model)}
+        variants = {"gated": (self.cfg, self.model), "dense": (self.cfg.dense(), self.model)}
         variants |= {"averaged": (self.cfg, self.parallel)} if self.rt.world > 1 else {}
         gradients = torch.zeros(sum(p.numel() for p in self.model.parameters()), device=self.rt.device)
         seconds, parallel = {k: [] for k in [*variants, "all_reduce"]}, self.parallel
@@ -1855,8 +1886,8 @@ def train(cfg: Config, weights: dict | None) -> int:
     if state:
         trainer.restore(state, source)
     if rt.sum(torch.tensor(trainer.first_step, device=rt.device)) != rt.world * trainer.first_step:
-        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, elsewhere "
-                        "of another: copy the record to every machine")
+        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, "
+                        "elsewhere of another: copy the record to every machine")
     record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
     history = open_record(trainer, record, state)
     install_signals(trainer)
@@ -1883,7 +1914,8 @@ def train(cfg: Config, weights: dict | None) -> int:
             record.say(step_line(event, cfg), step_line=True)
         if record.bar:
             record.bar.update()
-            record.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {mean(event['gate_zero']):.2f}")
+            record.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity "
+                                       f"{mean(event['gate_zero']):.2f}")
         if trainer.stopping:
             trainer.save(step + 1, record)
             return finish_interrupted(trainer, record, step + 1)
@@ -1897,8 +1929,9 @@ def mean(values) -> float:
 def step_line(event: dict, cfg: Config) -> str:
     zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
     return (f"step {event['step']:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
-            f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  grad {event['grad_norm']:.3f}  "
-            f"{event['tokens_per_s']:.0f} tokens/s" + (f"  zero gates {zeros}" if cfg.gated else ""))
+            f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
+            f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
+            + (f"  zero gates {zeros}" if cfg.gated else ""))
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
@@ -1913,7 +1946,8 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
             e = error if isinstance(error, UserError) else f"{path} does not fit the record ({error})"
         report("WARNING", f"{e}; trying the checkpoint before")
     if found:
-        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at step 0")
+        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them "
+                        "to start at step 0")
     return None, None
 
 
@@ -1938,11 +1972,14 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     tokens = {k: sum(map(len, s.tokens)) for k, s in trainer.shards.items()}
     record.say(f"{record.folder}  ({env['command']})")
     record.say(f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
-               f"{torch.__version__}, {env['dtype']}" + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
+               f"{torch.__version__}, {env['dtype']}"
+               + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
     record.say(f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
-               f"control {cfg.control}" + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
-    record.say(f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; {cfg.num_steps} steps "
-               f"of {cfg.batch_size} x {cfg.max_seq_len} tokens, {trainer.loader.accumulation} micro-batches each")
+               f"control {cfg.control}"
+               + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
+    record.say(f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
+               f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
+               f"{trainer.loader.accumulation} micro-batches each")
     if cfg.gated and cfg.n_levels == 1:
         record.say("with 2 blocks there is one level, whose target is --mean_target_start")
     return []
@@ -1975,8 +2012,9 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
     train_flops = 3 * mean([realised_of_event(cfg, e) for e in steps]) if steps else 0.0
     rate = step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0
     return {
-        "interrupted": False, "step": step, "target_reached": cfg.target_loss is not None and last["cross_entropy"]
-        <= cfg.target_loss, "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
+        "interrupted": False, "step": step,
+        "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
+        "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
@@ -2028,21 +2066,22 @@ def closing_lines(record: Record, s: dict, first: float, cfg: Config):
     record.say(f"\nvalidation loss {s['cross_entropy']:.4f} nats a token (at the start {first:.4f}), "
                f"{s['step']} steps in {s['train_seconds']:.0f} s, {s['tokens_per_s']:.0f} tokens/s")
     if cfg.gated:
-        dense = dataclasses.replace(cfg, control="dense", mean_coef_init=None, var_coef_init=None, coef_update=None)
-        full = realised_flops(dense, [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
-        record.say(f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped each block, in validation")
+        full = realised_flops(cfg.dense(), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
+        record.say(f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped "
+                   "each block, in validation")
         for line in bars(s["gate_zero"]):
             record.say(line)
         record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g} realised, {full:.3g} dense "
                    f"({s['realised_flops_per_token'] / full:.2f} of it)")
-        record.say(f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of the same "
-                   "size (forward and backward of one micro-batch, medians, measured now)")
+        record.say(f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of "
+                   "the same size (forward and backward of one micro-batch, medians, measured now)")
     else:
         record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g}")
     if s["ranks"] > 1:
-        record.say(f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} ms alone and "
-                   f"lengthens a step by {1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the "
-                   f"busiest rank has {s['rank_imbalance']:.3f} of the mean number of active tokens")
+        record.say(f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} "
+                   "ms alone and lengthens a step by "
+                   f"{1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the busiest rank "
+                   f"has {s['rank_imbalance']:.3f} of the mean number of active tokens")
     script = Path(sys.argv[0]).name
     record.say(f"record: {record.folder} (look at plot.png)\nnext:\n"
                f"  python {script} eval --checkpoint {record.folder}\n"
@@ -2059,7 +2098,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
     parser = Parser(prog=f"train_gpt_skip.py {command}", description=COMMANDS[command], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if command != "train":
-        parser.add_argument("--checkpoint", required=True, help="record, checkpoint file or folder, or hub repo")
+        parser.add_argument("--checkpoint", required=True,
+                            help="record, checkpoint file or folder, or hub repo")
     for name, (kind, text) in OPTIONS.get(command, {}).items():
         if kind is False:
             parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -2067,7 +2107,8 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
             parser.add_argument(f"--{name}", nargs="+", default=[], help=text)
         else:
             default = None if isinstance(kind, type) else kind
-            parser.add_argument(f"--{name}", type=kind if default is None else type(kind), default=default, help=text)
+            parser.add_argument(f"--{name}", type=kind if default is None else type(kind), default=default,
+                                help=text)
     args = add_config_flags(parser).parse_args(argv)
     return command, args, explicit_settings(args)
 
@@ -2110,8 +2151,10 @@ OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
         "out": (str, "new folder to write")},
     "sample": {
         "prompt": (str, "text to continue (default: the start of a document)"),
-        "max_new_tokens": (200, "tokens to add to each sample"), "num_samples": (1, "samples, decoded together"),
-        "temperature": (0.8, "0 takes the likeliest token"), "top_k": (int, "draw from the k likeliest tokens"),
+        "max_new_tokens": (200, "tokens to add to each sample"),
+        "num_samples": (1, "samples, decoded together"),
+        "temperature": (0.8, "0 takes the likeliest token"), 
+        "top_k": (int, "draw from the k likeliest tokens"),
         "top_p": (1.0, "draw from the likeliest tokens that reach this probability together"),
         "show_depth": (False, "shade each token by the number of blocks it ran"),
         "html": (str, "write the shaded text as a page to this file")},
@@ -2119,7 +2162,7 @@ OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
 
 
 def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
-    """Defaults, then a preset, a record's config or a checkpoint's sizes, then flags. Returns weights, if any."""
+    """Defaults, then a preset, a record's config or a checkpoint's sizes, then flags; weights, if any."""
     settings, weights = dict(PRESETS.get(explicit.get("preset"), {})), None
     if explicit.get("config"):
         settings |= recorded_settings(Path(explicit["config"]))
@@ -2132,8 +2175,8 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
         settings = recorded_settings(path)
         fixed = {k: v for k, v in explicit.items() if k not in RESUME_MAY_CHANGE}
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
-            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {explicit['resume']}, "
-                            f"which has {settings.get(wrong[0])}: leave the flag out")
+            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record "
+                            f"{explicit['resume']}, which has {settings.get(wrong[0])}: leave the flag out")
     if "control" in explicit and not explicit.get("resume"):  # another rule's coefficients are its own
         for k in ("mean_coef_init", "var_coef_init", "coef_update"):
             settings.pop(k, None)
@@ -2145,12 +2188,12 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
     return Config(**(settings | explicit)), weights
 
 
-RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "save_every", "records_dir", "name",
-                     "device_batch_size", "preset"}
+RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "save_every", "records_dir",
+                     "name", "device_batch_size", "preset"}
 
 
 def restarted_record(settings: dict) -> dict:
-    """--resume of the record that this torchrun began before it restarted its processes (--max_restarts), or {}."""
+    """--resume of the record that this torchrun began before it restarted its processes, or {}."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return {}
     begun = sorted(Path(settings.get("records_dir", Config.records_dir)).glob("*/env.json"))
@@ -2219,7 +2262,8 @@ def run_export(cfg: Config, weights: dict, args) -> int:
 
 def run_sample(cfg: Config, weights: dict, args) -> int:
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and (args.top_k is None or args.top_k > 0)):
-        raise UserError("sampling needs --temperature of at least 0, --top_p above 0 and at most 1, --top_k above 0")
+        raise UserError("sampling needs --temperature of at least 0, --top_p above 0 and at "
+                        "most 1, --top_k above 0")
     if args.max_new_tokens < 0 or args.num_samples < 1:
         raise UserError("sampling needs --max_new_tokens of at least 0 and --num_samples of at least 1")
     rt, encoding = Runtime(cfg), get_encoding(encoding_name(cfg))
@@ -2227,7 +2271,8 @@ def run_sample(cfg: Config, weights: dict, args) -> int:
     if len(prompt) >= cfg.max_seq_len:
         raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")
     if max(prompt) >= cfg.vocab_size:
-        raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} tokens")
+        raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} "
+                        "tokens")
     model = build_model(cfg, rt, weights, args.checkpoint)
     start = time.perf_counter()
     with rt.autocast():
@@ -2245,11 +2290,13 @@ def run_sample(cfg: Config, weights: dict, args) -> int:
            f"cache {cache_bytes:,} bytes"
     print(note, file=sys.stderr)
     if args.html:
-        new_file(args.html, "--html", html_page(samples, cfg.n_layers, f"{Path(args.checkpoint).name}: {note}"))
+        title = f"{Path(args.checkpoint).name}: {note}"
+        new_file(args.html, "--html", html_page(samples, cfg.n_layers, title))
     return 0
 
 
-LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")  # what gloo, nccl, the store say
+# what gloo, nccl, the store say
+LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")
 
 
 def report(kind: str, what, own: bool = False):

@@ -4,12 +4,13 @@
     python records/bench.py --dtype bfloat16
     python records/bench.py --modes train --rounds 9 --dim 768
 
-Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed drifts.
-`eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T, T) mask, float32
-softmax by hand, full logits. `gated` skips a given share of the tokens at the first router, so sparsity is exact.
-MFU is the share of the machine's own matrix-product rate, measured in turn with them on the products of a training
-step. Speed-up is against `dense`; efficiency is the measured speed-up over the FLOPs' own. Last come the kernels that
-take most of a training step at 75% sparsity. Writes records_dir/..._bench/bench.json.
+Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed
+drifts. `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T,
+T) mask, float32 softmax by hand, full logits. `gated` skips a given share of the tokens at the first router,
+so sparsity is exact. MFU is the share of the machine's own matrix-product rate, measured in turn with them on
+the products of a training step. Speed-up is against `dense`; efficiency is the measured speed-up over the
+FLOPs' own. Last come the kernels that take most of a training step at 75% sparsity. Writes
+records_dir/..._bench/bench.json.
 """
 import argparse
 import ctypes
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt_skip as tgs  # noqa: E402
 
-CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4, batch_size=4)
+CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4,
+                batch_size=4)
 SPARSITIES = (0.0, 0.25, 0.5, 0.75)
 DECODE_STEPS = 16
 
@@ -50,7 +52,8 @@ def eager_forward(model, inputs, targets):
     mask = torch.full((B, 1, T, T), float("-inf"), device=inputs.device).triu(1)
     h = model.input_norm(model.tok_embeddings(inputs))
     for block in model.layers:
-        h = h + block.post_attention_norm(eager_attention(block.attention, block.pre_attention_norm(h), mask, model))
+        y = eager_attention(block.attention, block.pre_attention_norm(h), mask, model)
+        h = h + block.post_attention_norm(y)
         h = h + block.post_feed_forward_norm(block.feed_forward(block.pre_feed_forward_norm(h)))
     logits = model.output(model.output_norm(h)).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()) if targets is not None else logits
@@ -75,7 +78,7 @@ def eager_attention(attention, x, mask, model):
 class Bench:
     def __init__(self, cfg, rt):
         self.cfg, self.rt = cfg, rt
-        self.dense_cfg = dataclasses.replace(cfg, control="dense", mean_coef_init=None, var_coef_init=None, coef_update=None)
+        self.dense_cfg = cfg.dense()
         self.model = tgs.build_model(cfg, rt)
         for router in self.model.masks:
             torch.nn.init.zeros_(router.linear.weight)
@@ -161,8 +164,8 @@ def peak_memory(rt):
 
 
 class Products:
-    """The matrix products of a training step alone, on the model's shapes and preallocated results: the machine's
-    own rate, measured in turn with the variants that are held against it."""
+    """The matrix products of a training step alone, on the model's shapes and preallocated results: the
+    machine's own rate, measured in turn with the variants that are held against it."""
 
     def __init__(self, cfg, rt):
         n, d, m = cfg.device_batch_size * cfg.max_seq_len, cfg.dim, cfg.hidden_dim
@@ -195,7 +198,8 @@ def measure_batches(bench, mode, rounds, report, products):
     variants = [("eager", None), ("dense", None)] + [("gated", s) for s in SPARSITIES]
     seconds, flops, peak = {v: [] for v in variants}, {}, {}
     n, heads = bench.x.numel(), len(bench.x) if mode == "prefill" else None
-    for v in variants:  # warm up and compile; then once more, for the peak: its reset also gives freed memory back
+    # warm up and compile; then once more, for the peak: its reset also gives freed memory back
+    for v in variants:
         bench.use(*v)
         getattr(bench, mode)(*v)
         reset_peak(rt)
@@ -229,7 +233,8 @@ def measure_decoding(bench, batch, rounds, report):
             skips = list(bench.skip(v[1] or 0.0, batch * DECODE_STEPS).view(DECODE_STEPS, batch))
             held = decoder.bytes()
             t, _ = clock(rt, lambda: bench.decode(decoder, skips))
-            keys = sum(int(c.counts.sum()) for c in decoder.cache) / cfg.n_layers / batch  # of a row, at the end
+            # of a row, at the end
+            keys = sum(int(c.counts.sum()) for c in decoder.cache) / cfg.n_layers / batch
             active = 1 - (v[1] or 0.0)
             stats = [[1, 1, active, active * (keys - active * DECODE_STEPS / 2)]] * cfg.n_levels
             flops[v] = tgs.realised_flops(bench.model.cfg, stats, 1)
@@ -240,27 +245,29 @@ def measure_decoding(bench, batch, rounds, report):
 
 
 def slowest_kernels(bench, rate, sparsity=0.75, top=10):
-    """What the time of a gated training step goes to: the kernels that take most of it, with their share, and for
-    matrix products their part of the machine's own rate (the floor of the others is the memory they move, which the
-    profiler does not know). Before them, on a GPU: how often and how long the host waits, and the share of the step
-    that the device stands idle."""
+    """What the time of a gated training step goes to: the kernels that take most of it, with their share, and
+    for matrix products their part of the machine's own rate (the floor of the others is the memory they move,
+    which the profiler does not know). Before them, on a GPU: how often and how long the host waits, and the
+    share of the step that the device stands idle."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     bench.use("gated", sparsity)
     bench.train("gated", sparsity)
-    with torch.profiler.profile(activities=activities[:1 + torch.cuda.is_available()], with_flops=True) as profile:
-        wall, _ = clock(bench.rt, lambda: bench.train("gated", sparsity))
     cuda = bench.rt.device.type == "cuda"
+    with torch.profiler.profile(activities=activities[:1 + cuda], with_flops=True) as profile:
+        wall, _ = clock(bench.rt, lambda: bench.train("gated", sparsity))
     rows = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
     total = sum(t for t, _ in rows) or 1
     waits = [e for _, e in rows if "Synchronize" in e.key]
-    host = {"waits": sum(e.count for e in waits), "milliseconds": sum(e.self_cpu_time_total for e in waits) / 1e3,
+    host = {"waits": sum(e.count for e in waits),
+            "milliseconds": sum(e.self_cpu_time_total for e in waits) / 1e3,
             "device_idle": max(0.0, 1 - 1e-6 * total / wall)} if cuda else None
     return host, [{"kernel": e.key, "calls": e.count, "milliseconds": t / 1e3, "share": t / total,
              "of_matmul_rate": e.flops / (1e-6 * t) / rate if e.flops else None}
             for t, e in sorted(rows, key=lambda row: -row[0])[:top]]
 
 
-# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, bias, scale), heads first: bias (n,) is added to the
+# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, bias, scale), heads first: bias (n,) is added
+# to the
 # logits of key j. The product of all is the same; what they cost, and what bfloat16 leaves of ln g, is not.
 
 def carry_bias(attend, q, k, v, ln_g):
@@ -276,7 +283,8 @@ def carry_key_columns(attend, q, k, v, ln_g):
     columns = torch.stack((high, low), -1).expand(*k.shape[:-1], 2)
     ones = torch.full_like(columns, 1 / scale).expand(*q.shape[:-1], 2)
     widen = (0, 14)  # zeros, to a width that the kernels take
-    return attend(F.pad(torch.cat((q, ones), -1), widen), F.pad(torch.cat((k, columns), -1), widen), v, None, scale)
+    q, k = (F.pad(torch.cat(pair, -1), widen) for pair in ((q, ones), (k, columns)))
+    return attend(q, k, v, None, scale)
 
 
 def carry_value_column(attend, q, k, v, ln_g):
@@ -288,7 +296,8 @@ def carry_value_column(attend, q, k, v, ln_g):
 
 
 def measure_carriers(bench, rounds):
-    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip, by what carries ln g."""
+    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip, by what carries
+    ln g."""
     cfg, rt = bench.cfg, bench.rt
     seq = torch.arange(cfg.device_batch_size, device=rt.device).repeat_interleave(cfg.max_seq_len // 2)
     seq = tgs.padded(seq, cfg.device_batch_size)
@@ -321,8 +330,8 @@ def gpu_tests():
 
 
 class Report:
-    COLUMNS = ("mode", "variant", "sparsity", "batch", "seconds", "tokens_per_s", "flops_per_token", "speedup",
-               "flops_speedup", "efficiency", "mfu", "peak_bytes")
+    COLUMNS = ("mode", "variant", "sparsity", "batch", "seconds", "tokens_per_s", "flops_per_token",
+               "speedup", "flops_speedup", "efficiency", "mfu", "peak_bytes")
 
     def __init__(self):
         self.rows = []
@@ -334,29 +343,34 @@ class Report:
     def compare(self, rate):
         for row in self.rows:
             row["mfu"] = row["tokens_per_s"] * row["flops_per_token"] / rate
-            dense = next(r for r in self.rows if (r["mode"], r["batch"], r["variant"]) == (row["mode"], row["batch"], "dense"))
+            dense = next(r for r in self.rows if r["variant"] == "dense"
+                         and (r["mode"], r["batch"]) == (row["mode"], row["batch"]))
             row["speedup"] = dense["seconds"] / row["seconds"]
             row["flops_speedup"] = dense["flops_per_token"] / row["flops_per_token"]
             row["efficiency"] = row["speedup"] / row["flops_speedup"]
 
     def text(self):
-        lines = [f"{'mode':8s}{'variant':9s}{'sparsity':>9s}{'batch':>7s}{'ms':>10s}{'tokens/s':>11s}{'speed-up':>10s}"
-                 f"{'of FLOPs':>10s}{'efficiency':>12s}{'MFU':>7s}{'MiB':>8s}"]
+        heads = ("mode", "variant", "sparsity", "batch", "ms", "tokens/s", "speed-up", "of FLOPs",
+                 "efficiency", "MFU", "MiB")
+        lines = ["{:8s}{:9s}{:>9s}{:>7s}{:>10s}{:>11s}{:>10s}{:>10s}{:>12s}{:>7s}{:>8s}".format(*heads)]
         for r in self.rows:
             sparsity = "" if r["sparsity"] is None else f"{r['sparsity']:.2f}"
-            lines.append(f"{r['mode']:8s}{r['variant']:9s}{sparsity:>9s}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
-                         f"{r['tokens_per_s']:11.0f}{r['speedup']:10.2f}{r['flops_speedup']:10.2f}{r['efficiency']:12.2f}"
-                         f"{r['mfu']:7.2f}{r['peak_bytes'] / 2**20:8.0f}")
+            lines.append(f"{r['mode']:8s}{r['variant']:9s}{sparsity:>9s}{r['batch']:7d}"
+                         f"{1e3 * r['seconds']:10.2f}{r['tokens_per_s']:11.0f}{r['speedup']:10.2f}"
+                         f"{r['flops_speedup']:10.2f}{r['efficiency']:12.2f}{r['mfu']:7.2f}"
+                         f"{r['peak_bytes'] / 2**20:8.0f}")
         return "\n".join(lines)
 
 
 def main(argv=None):
-    parser = tgs.Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                        allow_abbrev=False)
-    parser.add_argument("--modes", nargs="+", choices=("train", "prefill", "decode"), default=["train", "prefill", "decode"])
+    parser = tgs.Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = ("train", "prefill", "decode")
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant (default: 5)")
     parser.add_argument("--gpu_report", action="store_true", help="also run the tests that need a GPU")
-    parser.add_argument("--decode_batches", type=int, nargs="+", default=None, help="(default: 1 128, on a GPU 1 64)")
+    parser.add_argument("--decode_batches", type=int, nargs="+", default=None,
+                        help="(default: 1 128, on a GPU 1 64)")
     try:
         args = tgs.add_config_flags(parser).parse_args(argv)
         explicit = tgs.explicit_settings(args)
@@ -392,7 +406,8 @@ def main(argv=None):
         return 2
     env = tgs.environment(rt, {})
     content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
-               "matmul_flops_per_s": products.rate, "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows], "env": env,
+               "matmul_flops_per_s": products.rate, "env": env,
+               "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows],
                "gpu_tests": tests, "host": host, "kernels": kernels, "carriers": carriers}
     (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"record: {folder}")

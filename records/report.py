@@ -3,9 +3,10 @@
     python records/report.py                       # every record beside this script
     python records/report.py DIR... --out DIR      # of records, or of folders that hold records
 
-Prints a line a record (and benchmarks' rows), writes the same between two markers of OUT/README.md, whose other text
-stays as it is, and draws OUT/pareto.png: validation loss against estimated FLOPs, measured time and sparsity. Only runs
-of the same data, batch, steps, width and vocabulary share a row of the figure; times are compared on one machine only.
+Prints a line a record (and benchmarks' rows), writes the same between two markers of OUT/README.md, whose
+other text stays as it is, and draws OUT/pareto.png: validation loss against estimated FLOPs, measured time
+and sparsity. Only runs of the same data, batch, steps, width and vocabulary share a row of the figure; times
+are compared on one machine only.
 """
 import argparse
 import json
@@ -117,15 +118,15 @@ def cells(rows: list[dict], columns: dict) -> list[list[str]]:
 
 
 def bench_table(folder: Path) -> tuple[str, list[list[str]]]:
-    """Caption and cells; without cells where the file is damaged. Milliseconds say something on a GPU only: CPUs are
-    shared, and their ratios hold because variants alternate."""
+    """Caption and cells; without cells where the file is damaged. Milliseconds say something on a GPU only:
+    CPUs are shared, and their ratios hold because variants alternate."""
     try:
         bench = read(folder / "bench.json")
         cfg, columns = bench["config"], dict(BENCH_COLUMNS)
         if not GPU.search(bench["device"]):
             del columns["ms"]
-        caption = (f"{folder.name}: {bench['device']}, {bench['dtype']}, {cfg['n_layers']} blocks, d {cfg['dim']}, "
-                   f"T {cfg['max_seq_len']}; speed-up over dense, MFU of this machine's own "
+        caption = (f"{folder.name}: {bench['device']}, {bench['dtype']}, {cfg['n_layers']} blocks, d "
+                   f"{cfg['dim']}, T {cfg['max_seq_len']}; speed-up over dense, MFU of this machine's own "
                    f"{short(bench['matmul_flops_per_s'])}FLOP/s")
         return caption, cells(bench["rows"], columns)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
@@ -173,8 +174,8 @@ def group_key(run: dict) -> tuple:
 
 def group_title(run: dict) -> str:
     data = re.sub(r"(_train)?[_*]*(\.bin)?$", "", os.path.basename(run["train_files"]))
-    return (f"{data}: {run['step']} steps of {run['batch_size']} x {run['max_seq_len']} tokens, d {run['dim']}, "
-            f"vocabulary {run['vocab_size']}")
+    return (f"{data}: {run['step']} steps of {run['batch_size']} x {run['max_seq_len']} tokens, d "
+            f"{run['dim']}, vocabulary {run['vocab_size']}")
 
 
 def draw_runs(ax, runs: list[dict], x: str, cmap):
@@ -199,7 +200,8 @@ def draw_runs(ax, runs: list[dict], x: str, cmap):
 
 
 def figure(runs: list[dict], path: Path) -> list[str]:
-    """Draw finished runs, a row a group, the largest first; returns lines on what was drawn and what left out."""
+    """Draw finished runs, a row a group, the largest first; returns lines on what was drawn and what left
+    out."""
     groups = {}
     for run in runs:
         if all(math.isfinite(run[k]) for k in ("loss", "estimated", "sparsity")) and run["tokens"] and run["train_s"]:
@@ -216,7 +218,8 @@ def figure(runs: list[dict], path: Path) -> list[str]:
 
     drawn, lines = sorted(groups.values(), key=len, reverse=True), []
     for group in drawn[MAX_ROWS:]:
-        lines.append(f"left out of the figure: {', '.join(r['name'] for r in group)} ({group_title(group[0])})")
+        lines.append(f"left out of the figure: {', '.join(r['name'] for r in group)} "
+                     f"({group_title(group[0])})")
     drawn = drawn[:MAX_ROWS]
     fig, axes = plt.subplots(len(drawn), 3, figsize=(14, 0.4 + 3.9 * len(drawn)), sharey="row", squeeze=False,
                              layout="constrained")
@@ -247,15 +250,18 @@ def figure(runs: list[dict], path: Path) -> list[str]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help=f"records, or folders of records (default: {HERE})")
-    parser.add_argument("--out", type=Path, default=HERE, help=f"where README.md and pareto.png go (default: {HERE})")
+    parser.add_argument("folders", nargs="*", type=Path, help="records, or folders "
+                                                              f"of records (default: {HERE})")
+    parser.add_argument("--out", type=Path, default=HERE, help="where README.md and "
+                                                               f"pareto.png go (default: {HERE})")
     args = parser.parse_args(argv)
     for folder in [*args.folders, args.out]:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
     found = find_records(args.folders or [HERE])
     if not found:
-        print("no records yet: make one with ./run.sh, or the grid of the paper's Figure 2 with records/sweep.sh")
+        print("no records yet: make one with ./run.sh, or the grid of the paper's Figure 2 with "
+              "records/sweep.sh")
         return 0
     runs = [read_run(f) for f in found if (f / "config.json").exists() or not (f / "bench.json").exists()]
     benches = [(f, *bench_table(f)) for f in found if (f / "bench.json").exists()]
@@ -265,7 +271,8 @@ def main(argv=None) -> int:
     lines = figure([r for r in runs if r["state"] == "finished"], args.out / "pareto.png")
     text, page = [], []
     if runs:
-        text, page = [aligned(table)], [markdown(table, links) + "\n\nA + after the commit: with uncommitted changes."]
+        text, page = [aligned(table)], [markdown(table, links) + "\n\nA + after the commit: with "
+                                                                 "uncommitted changes."]
     if lines[-1].startswith("figure"):
         page.append("![validation loss against estimated FLOPs, measured time and sparsity](pareto.png)")
     for folder, caption, rows in benches:
