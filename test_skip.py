@@ -630,7 +630,7 @@ def test_realised_flops_are_those_that_torch_counts(kw, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
     model, cfg = random_model(7, **kw)
     inputs, targets = random_tokens(cfg)
-    monkeypatch.setattr(tgs, "ROWS", 1)  # a row at a time: exactly the causal pairs
+    monkeypatch.setattr(tgs, "QUERY_ROWS", 1)  # a row at a time: exactly the causal pairs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         _, stats, _ = model(inputs, targets)
     assert tgs.realised_flops(cfg, stats, inputs.numel()) == counter.get_total_flops()
