@@ -664,7 +664,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
 
     def block(self, l, h, g, layout, cache):
         layout, block = layout if cache is None else layout._replace(cache=cache[l]), self.layers[l]
-        before, after = self.parts if len(h) > 1 else EAGER  # 0 and 1 rows would be graphs of their own
+        # In training 0 and 1 rows, rare, would be graphs of their own; in decoding 1 row is what there is.
+        before, after = EAGER if cache is None and len(h) < 2 else self.parts
         q, k, v, ln_g = before(block, h, g, layout.cos, layout.sin)
         return after(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
 
