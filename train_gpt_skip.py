@@ -2,7 +2,7 @@
 
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
-a training step at half sparsity takes 0.54 of the dense step's time (records/2026-11-22_22-10-56_bench:
+a training step at half sparsity takes 0.53 of the dense step's time (records/2026-11-23_01-10-07_bench:
 float32, torch 2.13, 12 blocks, d 384). Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
