@@ -411,6 +411,24 @@ def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_cha
     assert counters["stats"]["unique_graphs"] == after_warm_up
 
 
+def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(monkeypatch):
+    """Compiled by itself, as on CUDA: each call brings a new mask, a new score function and another n."""
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
+    monkeypatch.setattr(tgs, "flex_attention", torch.compile(tgs.flex_attention, dynamic=True, backend="aot_eager"))
+    model, cfg = random_model(10, n_layers=4, max_seq_len=256)
+    seen, after_warm_up = set(), None
+    for B, closing in ((2, 0.3), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (4, 0.05)):
+        for router in model.masks:
+            torch.nn.init.constant_(router.linear.bias, closing)
+        inputs, targets = random_tokens(cfg, B, 256)
+        with torch.no_grad():
+            _, stats, _ = model(inputs, targets)
+        seen |= set(stats[:, 2].tolist())
+        after_warm_up = after_warm_up or counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == after_warm_up and len({-(-n // tgs.ROWS) for n in seen}) > 2
+
+
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
