@@ -2022,7 +2022,8 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "mfu": rate * train_flops / (peak * rt.world) if peak else None,
         "gated_step_seconds": seconds["gated"], "dense_step_seconds": seconds["dense"],
-        "averaged_step_seconds": seconds.get("averaged"), "all_reduce_seconds": seconds["all_reduce"],
+        "averaged_step_seconds": seconds.get("averaged"),
+        "all_reduce_seconds": seconds["all_reduce"] if rt.world > 1 else None,
         "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
         "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
     }
