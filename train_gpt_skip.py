@@ -418,14 +418,14 @@ def attend_flex(q, k, v, ln_g, layout):
 
 def attend_rows(q, k, v, ln_g, layout):
     with torch.autocast("cpu", enabled=False):
-        return RowBlockAttention.apply(q.float(), k.float(), v.float(), ln_g, layout.lengths,
-                                       torch.is_grad_enabled()).to(q.dtype)
+        return RowBlockAttention.apply(q, k, v, ln_g, layout.lengths, torch.is_grad_enabled())
 
 
 class RowBlockAttention(torch.autograd.Function):
     """The CPU's kernel: a sequence at a time, in blocks of query rows, over the causal part only.
 
-    Inside, heads come first; query heads that share a key head are stacked as its further rows.
+    Inside, heads come first; query heads that share a key head are stacked as its further rows. Logits and
+    softmax are float32, with their gradients; the weights multiply in the type of q.
     """
 
     @staticmethod
@@ -441,7 +441,7 @@ class RowBlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, ln_g, lengths, wanted):
         H, D, out, weights = q.shape[1], q.shape[2], torch.empty_like(q), []
-        qh, kh, vh, oh = (t.transpose(0, 1) for t in (q, k, v, out))
+        qh, kh, vh, oh = (t.transpose(0, 1) for t in (q.float(), k.float(), v, out))
         causal = torch.full((QUERY_ROWS, QUERY_ROWS), REMOVED).triu(1)
         for rows, keys in RowBlockAttention.blocks(lengths):
             n, m = rows.stop - rows.start, keys.stop - keys.start
@@ -450,7 +450,7 @@ class RowBlockAttention(torch.autograd.Function):
             p[..., m - n:] += causal[:n, :n]
             if ln_g is not None:
                 p += ln_g[keys]
-            torch.softmax(p, -1, out=p)
+            p = torch.softmax(p, -1, out=p).to(v.dtype)
             oh[:, rows] = torch.bmm(p.view(len(kh), -1, m), vh[:, keys]).view(H, n, D)
             weights += [p] if wanted else []
         if wanted:
@@ -463,17 +463,19 @@ class RowBlockAttention(torch.autograd.Function):
         q, k, v, *weights = ctx.saved_tensors
         H, D = q.shape[1:]
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        qh, kh, vh, d_oh, dqh, dkh, dvh = (t.transpose(0, 1) for t in (q, k, v, d_out, dq, dk, dv))
-        d_ln_g = q.new_zeros(len(q)) if ctx.gated else None
+        qh, kh, vh, d_oh, dqh, dkh, dvh = (t.transpose(0, 1) for t in (q, k, v.float(), d_out, dq, dk, dv))
+        d_ln_g = torch.zeros(len(q)) if ctx.gated else None
         for (rows, keys), p in zip(RowBlockAttention.blocks(ctx.lengths), weights):
             p = p.view(len(kh), -1, p.shape[-1])
             q_rows, do = (t[:, rows].reshape(len(kh), -1, D) for t in (qh, d_oh))
-            ds = torch._softmax_backward_data(torch.bmm(do, vh[:, keys].mT), p, -1, p.dtype)
+            dp = torch.bmm(do.float(), vh[:, keys].mT)
+            ds = torch._softmax_backward_data(dp, p.float(), -1, torch.float32)
+            if ctx.gated:
+                d_ln_g[keys] += ds.sum((0, 1))
+            ds = ds.to(q.dtype)
             dvh[:, keys] += torch.bmm(p.mT, do)
             dkh[:, keys].add_(torch.bmm(ds.mT, q_rows), alpha=D**-0.5)
             torch.mul(torch.bmm(ds, kh[:, keys]).view(H, -1, D), D**-0.5, out=dqh[:, rows])
-            if ctx.gated:
-                d_ln_g[keys] += ds.sum((0, 1))
         return dq, dk, dv, d_ln_g, None, None
 
 
@@ -583,6 +585,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.parts = tuple(torch.compile(part, dynamic=True) for part in EAGER)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
         self.attend_some = torch.compile(attend_some, dynamic=True)
+        self.input_norm.compile(dynamic=True)
+        self.output_norm.compile(dynamic=True)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
@@ -717,11 +721,14 @@ def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tupl
     """Share of the mean loss over n rows, of logits (rows, V or more) and targets (rows, 1); and its gradient
     by the logits. Columns beyond the vocabulary are padding, outside the softmax."""
     z = logits.float()
-    z[:, vocab_size:] = REMOVED
-    lse = z.logsumexp(1, keepdim=True)
-    loss = (lse - z.gather(1, targets)).sum() / n
-    p = z.sub_(lse).exp_().scatter_add_(1, targets, torch.full_like(lse, -1.0))
-    return loss, p.div_(n).to(logits.dtype)
+    if z.shape[1] > vocab_size:
+        z[:, vocab_size:] = REMOVED
+    top = z.amax(1, keepdim=True)
+    p = (z - top).exp_()
+    total = p.sum(1, keepdim=True)
+    loss = (total.log() + top - z.gather(1, targets)).sum() / n
+    p = p.div_(total * n).scatter_add_(1, targets, torch.full_like(total, -1 / n))
+    return loss, p.to(logits.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
