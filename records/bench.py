@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import dataclasses
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,7 @@ def eager_attention(attention, x, mask, model):
 
 class Bench:
     def __init__(self, cfg, rt):
-        self.cfg, self.rt = cfg, rt
+        self.cfg, self.rt, self.cuda = cfg, rt, rt.device.type == "cuda"
         self.dense_cfg = cfg.dense()
         self.model = tgs.build_model(cfg, rt)
         for router in self.model.masks:
@@ -244,31 +245,57 @@ def measure_decoding(bench, batch, rounds, report):
         report.row("decode", *v, batch, batch, median(seconds[v]), flops[v], peak[v])
 
 
-def slowest_kernels(bench, rate, sparsity=0.75, top=10):
-    """What the time of a gated training step goes to: the kernels that take most of it, with their share, and
-    for matrix products their part of the machine's own rate (the floor of the others is the memory they move,
-    which the profiler does not know). Before them, on a GPU: how often and how long the host waits, and the
-    share of the step that the device stands idle."""
+def profile(bench, variant, sparsity):
+    """One training step: its seconds, and the profiler's events."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    bench.use("gated", sparsity)
-    bench.train("gated", sparsity)
-    cuda = bench.rt.device.type == "cuda"
-    with torch.profiler.profile(activities=activities[:1 + cuda], with_flops=True) as profile:
-        wall, _ = clock(bench.rt, lambda: bench.train("gated", sparsity))
-    rows = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profile.key_averages()]
-    total = sum(t for t, _ in rows) or 1
-    waits = [e for _, e in rows if "Synchronize" in e.key]
+    bench.use(variant, sparsity)
+    bench.train(variant, sparsity)
+    with torch.profiler.profile(activities=activities[:1 + bench.cuda], with_flops=True) as record:
+        wall, _ = clock(bench.rt, lambda: bench.train(variant, sparsity))
+    return wall, record.key_averages()
+
+
+def by_kernel(events, cuda):
+    """Calls, seconds and FLOPs by name. Compiled element-wise kernels, whose names differ between variants,
+    count as one."""
+    kernels = {}
+    for e in events:
+        name = "compiled kernels" if re.match("## Call CompiledFxGraph|triton_", e.key) else e.key
+        seconds = 1e-6 * (e.self_device_time_total if cuda else e.self_cpu_time_total)
+        kernels[name] = tuple(map(sum, zip(kernels.get(name, (0, 0.0, 0)), (e.count, seconds, e.flops))))
+    return kernels
+
+
+def slowest_kernels(bench, rate, flops_speedup, sparsity=0.75, top=12):
+    """What the time of a gated training step goes to: the kernels that take most of it, their share, what
+    they take beyond the dense step's over the FLOPs' speed-up (what keeps the step from its full gain), and
+    for matrix products their part of the machine's own rate. With it, on a GPU, how often and how long the
+    host waits, and the share of the step that the device stands idle."""
+    dense = by_kernel(profile(bench, "dense", None)[1], bench.cuda)
+    wall, events = profile(bench, "gated", sparsity)
+    kernels = by_kernel(events, bench.cuda)
+    total = sum(t for _, t, _ in kernels.values()) or 1.0
+    waits = [e for e in events if "Synchronize" in e.key]
     host = {"waits": sum(e.count for e in waits),
-            "milliseconds": sum(e.self_cpu_time_total for e in waits) / 1e3,
-            "device_idle": max(0.0, 1 - 1e-6 * total / wall)} if cuda else None
-    return host, [{"kernel": e.key, "calls": e.count, "milliseconds": t / 1e3, "share": t / total,
-             "of_matmul_rate": e.flops / (1e-6 * t) / rate if e.flops else None}
-            for t, e in sorted(rows, key=lambda row: -row[0])[:top]]
+            "milliseconds": 1e-3 * sum(e.self_cpu_time_total for e in waits),
+            "device_idle": max(0.0, 1 - total / wall)} if bench.cuda else None
+    return host, [{"kernel": name, "calls": n, "milliseconds": 1e3 * t, "share": t / total,
+                   "excess_milliseconds": 1e3 * (t - dense.get(name, (0, 0.0))[1] / flops_speedup),
+                   "of_matmul_rate": flops / t / rate if flops and t else None}
+                  for name, (n, t, flops) in sorted(kernels.items(), key=lambda k: -k[1][1])[:top]]
+
+
+def kernel_lines(kernels):
+    if kernels:
+        yield "of a training step at 75% sparsity (excess: beyond the dense step's over the FLOPs' speed-up)"
+    for k in kernels:
+        rate = "" if k["of_matmul_rate"] is None else f"  {k['of_matmul_rate']:.2f} of the products' rate"
+        yield (f"{k['share']:6.1%}{k['milliseconds']:9.2f} ms, excess {k['excess_milliseconds']:7.2f} ms "
+               f"{k['calls']:5d} x {k['kernel'][:50]}{rate}")
 
 
 # What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, bias, scale), heads first: bias (n,) is added
-# to the
-# logits of key j. The product of all is the same; what they cost, and what bfloat16 leaves of ln g, is not.
+# to the logits of key j. The results are the same; what they cost, and what bfloat16 leaves of ln g, is not.
 
 def carry_bias(attend, q, k, v, ln_g):
     """A captured tensor; its gradient is summed by atomic adds."""
@@ -362,6 +389,46 @@ class Report:
         return "\n".join(lines)
 
 
+def measure(args, cfg, rt):
+    """Run what the command line asks for, print it, and write the record."""
+    bench, report, products = Bench(cfg, rt), Report(), Products(cfg, rt)
+    products.time(rt)
+    for mode in args.modes:
+        if mode == "decode":
+            for batch in args.decode_batches or ((1, 64) if bench.cuda else (1, 128)):
+                measure_decoding(bench, batch, args.rounds, report)
+        else:
+            measure_batches(bench, mode, args.rounds, report, products)
+    report.compare(products.rate)
+    print(f"matrix products alone: {products.rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}")
+    print(report.text())
+    host, kernels = None, []
+    if "train" in args.modes:
+        sparsest = next(r for r in report.rows if (r["mode"], r["sparsity"]) == ("train", SPARSITIES[-1]))
+        host, kernels = slowest_kernels(bench, products.rate, sparsest["flops_speedup"], SPARSITIES[-1])
+    print(*kernel_lines(kernels), sep="\n")
+    env = tgs.environment(rt, {})
+    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
+               "matmul_flops_per_s": products.rate, "env": env,
+               "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows],
+               "host": host, "kernels": kernels, "gpu_tests": None, "carriers": None}
+
+    folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
+
+    def save(**more):
+        text = json.dumps(content | more, indent=1) + "\n"
+        tgs.write_atomically(folder / "bench.json", lambda f: f.write(text.encode()))
+
+    save()
+    if args.gpu_report:  # what was measured before is kept, should these fail
+        tests = gpu_tests()
+        save(gpu_tests=tests)
+        carriers = measure_carriers(bench, args.rounds)
+        save(gpu_tests=tests, carriers=carriers)
+        print(f"host: {host}\nln g carried by, seconds: {carriers}\n{tests}")
+    print(f"record: {folder}")
+
+
 def main(argv=None):
     parser = tgs.Parser(prog="bench.py", description=__doc__, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -381,36 +448,10 @@ def main(argv=None):
         rt = tgs.Runtime(cfg)
         if args.gpu_report and not cuda:
             raise tgs.UserError("--gpu_report needs a GPU: leave it out")
-        tests = gpu_tests() if args.gpu_report else None
-        bench, report, products = Bench(cfg, rt), Report(), Products(cfg, rt)
-        products.time(rt)
-        for mode in args.modes:
-            if mode == "decode":
-                for batch in args.decode_batches or ((1, 64) if cuda else (1, 128)):
-                    measure_decoding(bench, batch, args.rounds, report)
-            else:
-                measure_batches(bench, mode, args.rounds, report, products)
-        report.compare(products.rate)
-        print(f"matrix products alone: {products.rate / 1e9:.1f} GFLOP/s in {str(rt.dtype).split('.')[1]}")
-        print(report.text())
-        host, kernels = slowest_kernels(bench, products.rate) if "train" in args.modes else (None, [])
-        for k in kernels:
-            rate = "" if k["of_matmul_rate"] is None else f"  {k['of_matmul_rate']:.2f} of the products' rate"
-            print(f"{k['share']:6.1%} {k['milliseconds']:9.2f} ms {k['calls']:6d} x {k['kernel'][:70]}{rate}")
-        carriers = measure_carriers(bench, args.rounds) if args.gpu_report else None
-        if args.gpu_report:
-            print(f"host: {host}\nln g carried by, seconds: {carriers}\n{tests}")
-        folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
+        measure(args, cfg, rt)
     except tgs.UserError as e:
         print(f"bench.py: error: {e}", file=sys.stderr)
         return 2
-    env = tgs.environment(rt, {})
-    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
-               "matmul_flops_per_s": products.rate, "env": env,
-               "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows],
-               "gpu_tests": tests, "host": host, "kernels": kernels, "carriers": carriers}
-    (folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"record: {folder}")
     return 0
 
 
