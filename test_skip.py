@@ -3,8 +3,8 @@
 The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the
 script.
 """
-import errno, fcntl, hashlib, importlib, importlib.util, json, math, os, pickle, pty, random, re, shutil, signal, socket
-import struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
+import errno, fcntl, hashlib, importlib, importlib.util, json, math, os, pickle, pty, random, re
+import shutil, signal, socket, struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ from train_gpt_skip import Config, MiddleSkippingTransformer, UserError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
 tokenize_text = importlib.import_module("tokenize_text")
-TINY = dict(dim=16, n_layers=4, n_heads=2, vocab_size=11, max_seq_len=8, batch_size=4, device_batch_size=2, num_steps=3)
+TINY = dict(dim=16, n_layers=4, n_heads=2, vocab_size=11, max_seq_len=8, batch_size=4, device_batch_size=2,
+            num_steps=3)
 torch.set_num_threads(1)  # the cases are tiny
 os.environ["OMP_NUM_THREADS"] = "1"
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -55,7 +56,8 @@ def oracle_attention(x, g, P, p, cfg):
             kv = h // (cfg.n_heads // cfg.n_kv_heads)
             top, bottom = torch.zeros(D, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
             for j in range(i + 1):
-                weight = torch.exp(oracle_rope(q[i][h], i, cfg) @ oracle_rope(k[j][kv], j, cfg) / math.sqrt(D))
+                logit = oracle_rope(q[i][h], i, cfg) @ oracle_rope(k[j][kv], j, cfg) / math.sqrt(D)
+                weight = torch.exp(logit)
                 if g is not None:
                     weight = weight * (torch.clamp(g[j], min=1e-6) if g[j] > 0 else 0.0)
                 top, bottom = top + weight * v[j][kv], bottom + weight
@@ -66,7 +68,7 @@ def oracle_attention(x, g, P, p, cfg):
 
 def oracle_block(h, g, P, l, cfg):
     p, eps, one = f"layers.{l}.", cfg.norm_eps, [1.0] * len(h)
-    post = (lambda y, name: oracle_norm(y, P[p + name], eps)) if cfg.norm == "sandwich" else (lambda y, name: y)
+    post = (lambda y, name: oracle_norm(y, P[p + name], eps) if cfg.norm == "sandwich" else y)
     x = [oracle_norm(v, P[p + "pre_attention_norm.weight"], eps) for v in h]
     o = oracle_attention(x, g if cfg.gate_attention == "keys" else None, P, p + "attention.", cfg)
     a = [v + w * post(y, "post_attention_norm.weight") for v, y, w in zip(h, o, g or one)]
@@ -74,7 +76,8 @@ def oracle_block(h, g, P, l, cfg):
     for v, w in zip(a, g or one):
         x = oracle_norm(v, P[p + "pre_feed_forward_norm.weight"], eps)
         u = P[p + "feed_forward.w1.weight"] @ x
-        y = P[p + "feed_forward.w2.weight"] @ (u / (1 + torch.exp(-u)) * (P[p + "feed_forward.w3.weight"] @ x))
+        gated = u / (1 + torch.exp(-u)) * (P[p + "feed_forward.w3.weight"] @ x)
+        y = P[p + "feed_forward.w2.weight"] @ gated
         out.append(v + w * post(y, "post_feed_forward_norm.weight"))
     return out
 
@@ -83,7 +86,8 @@ def oracle_forward(tokens, P, cfg):
     """(logits (B, T, V), gates (L, B, T)) of tokens (B, T), from parameters P by released name, float64."""
     logits, gates = [], []
     for sequence in tokens:
-        h = [oracle_norm(P["tok_embeddings.weight"][t], P["input_norm.weight"], cfg.norm_eps) for t in sequence]
+        h = [oracle_norm(P["tok_embeddings.weight"][t], P["input_norm.weight"], cfg.norm_eps)
+             for t in sequence]
         S, g_of = [torch.zeros((), dtype=torch.float64)] * len(h), {}
         for l in range(cfg.n_layers):
             if not cfg.gated:
@@ -104,7 +108,8 @@ def oracle_forward(tokens, P, cfg):
 
 def oracle_loss(logits, gates, targets, alpha, beta):
     """Cross-entropy plus Eq. 5, with alpha and beta of all L layers."""
-    ce = torch.stack([torch.logsumexp(row, 0) - row[t] for row, t in zip(logits.flatten(0, 1), targets.flatten())])
+    ce = torch.stack([torch.logsumexp(row, 0) - row[t]
+                      for row, t in zip(logits.flatten(0, 1), targets.flatten())])
     loss, N = ce.mean(), gates[0].numel()
     for l in range(len(gates)):
         g = gates[l].flatten()
@@ -132,7 +137,8 @@ def random_tokens(cfg, B=2, T=6, seed=0):
 
 def model_logits(model, tokens):
     B, T = tokens.shape
-    h, _, depth = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B), B)
+    h, _, depth = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T),
+                               torch.arange(T).repeat(B), B)
     return model.output(h).view(B, T, -1), depth.view(B, T)
 
 
@@ -140,8 +146,10 @@ def model_logits(model, tokens):
 # Model
 
 @pytest.mark.parametrize("kw", [
-    dict(), dict(closing=0.3), dict(closing=0.6, n_layers=6), dict(closing=1.5), dict(closing=0.3, n_kv_heads=1),
-    dict(closing=0.3, norm="pre"), dict(control="dense"), dict(closing=0.3, gate_attention="none", compute="masked"),
+    dict(), dict(closing=0.3), dict(closing=0.6, n_layers=6), dict(closing=1.5),
+    dict(closing=0.3, n_kv_heads=1),
+    dict(closing=0.3, norm="pre"), dict(control="dense"),
+    dict(closing=0.3, gate_attention="none", compute="masked"),
     dict(n_layers=2, closing=0.3), dict(closing=0.4, compute="masked")], ids=str)
 def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):
     model, cfg = random_model(1, **kw)
@@ -160,7 +168,8 @@ def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):
     torch.testing.assert_close(model_logits(model, inputs)[0].double(), logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     report = tgs.gate_report(stats.detach(), inputs.numel())
-    torch.testing.assert_close(torch.tensor(report["gate_mean"]), gates.mean((1, 2)).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(report["gate_mean"]), gates.mean((1, 2)).float(), rtol=1e-4,
+                               atol=1e-5)
     assert report["gate_zero"] == pytest.approx((gates == 0).double().mean((1, 2)).tolist())
     for name, p in model.named_parameters():
         # None: no token reached it
@@ -170,8 +179,8 @@ def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):
 
 
 @few
-@given(seed=st.integers(0, 99), closing=st.floats(0, 2), n_layers=st.sampled_from([2, 4, 8]), B=st.integers(1, 4),
-       T=st.integers(1, 8), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]))
+@given(seed=st.integers(0, 99), closing=st.floats(0, 2), n_layers=st.sampled_from([2, 4, 8]),
+       B=st.integers(1, 4), T=st.integers(1, 8), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4)]))
 def test_packed_and_masked_agree_in_the_loss_and_in_every_gradient(seed, closing, n_layers, B, T, heads):
     model, cfg = random_model(seed, closing, n_layers=n_layers, n_heads=heads[0], n_kv_heads=heads[1])
     inputs, targets = random_tokens(cfg, B, T, seed)
@@ -319,16 +328,18 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
     g[::7] = 0
     ln_g = tgs.log_gate(g) if gated else None
     with torch.no_grad():
-        layout = tgs.make_layout(seq, torch.zeros_like(seq), torch.arange(n), 1 + len(lengths), (torch.ones(1, 8),) * 2)
+        layout = tgs.make_layout(seq, torch.zeros_like(seq), torch.arange(n), 1 + len(lengths),
+                                 (torch.ones(1, 8),) * 2)
         rows = tgs.attend_rows(q, k, v, ln_g, layout)
         flex = tgs.attend_flex(q, k, v, ln_g, layout._replace(mask=tgs.block_mask(seq)))
-    seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any() for i in range(n)])
+    seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any()
+                                                       for i in range(n)])
     torch.testing.assert_close(rows[seen], flex[seen], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("kw", [dict(closing=0.3), dict(closing=1.5, n_kv_heads=1), dict(closing=0.3, compute="masked"),
-                                dict(control="dense")], ids=str)
+@pytest.mark.parametrize("kw", [dict(closing=0.3), dict(closing=1.5, n_kv_heads=1),
+                                dict(closing=0.3, compute="masked"), dict(control="dense")], ids=str)
 def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
     """The whole forward pass as on CUDA: rows padded to blocks, block masks, FlexAttention; also prompts and
     decoding."""
@@ -370,7 +381,8 @@ def test_whatever_carries_ln_g_gives_eq_3_and_its_gradients(carry, dtype):
     want = weight / weight.sum(-1, keepdim=True) @ v
     tolerance = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(got.double(), want, **tolerance)
-    for a, b in zip(torch.autograd.grad(got, leaves, dy.to(got.dtype)), torch.autograd.grad(want, want_leaves, dy)):
+    for a, b in zip(torch.autograd.grad(got, leaves, dy.to(got.dtype)),
+                    torch.autograd.grad(want, want_leaves, dy)):
         torch.testing.assert_close(a.double(), b, **tolerance)
 
 
@@ -382,7 +394,8 @@ def test_the_head_in_chunks_is_cross_entropy_and_padding_columns_do_not_show(pad
 
     def in_chunks(logits, t, V, n):
         return tgs.chunk_loss(torch.nn.functional.pad(logits, (0, padded_to - 11), value=7.0), t, V, n)[0], \
-            tgs.chunk_loss(torch.nn.functional.pad(logits, (0, padded_to - 11), value=7.0), t, V, n)[1][:, :11]
+            tgs.chunk_loss(torch.nn.functional.pad(logits, (0, padded_to - 11), value=7.0),
+                           t, V, n)[1][:, :11]
 
     loss = tgs.HeadLoss.apply(h, w, targets, torch.float32, in_chunks, True)
     got = torch.autograd.grad(2 * loss, (h, w))
@@ -415,7 +428,8 @@ def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(mon
     """Compiled by itself, as on CUDA: each call brings a new mask, a new score function and another n."""
     from torch._dynamo.utils import counters
     monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
-    monkeypatch.setattr(tgs, "flex_attention", torch.compile(tgs.flex_attention, dynamic=True, backend="aot_eager"))
+    monkeypatch.setattr(tgs, "flex_attention",
+                        torch.compile(tgs.flex_attention, dynamic=True, backend="aot_eager"))
     model, cfg = random_model(10, n_layers=4, max_seq_len=256)
     seen, after_warm_up = set(), None
     for B, closing in ((2, 0.3), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (4, 0.05)):
@@ -433,7 +447,8 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @cuda
-@pytest.mark.parametrize("kw", [dict(), dict(n_kv_heads=2), dict(compute="masked"), dict(control="dense")], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(n_kv_heads=2), dict(compute="masked"), dict(control="dense")],
+                         ids=str)
 def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw):
     size = dict(dim=256, n_heads=4, n_layers=4, vocab_size=300, max_seq_len=256, closing=0.3)
     model, cfg = random_model(11, **size | kw)
@@ -448,13 +463,14 @@ def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw):
         (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
         results.append([ce.cpu(), *(p.grad.cpu() for p in model.parameters())])
     for a, b in zip(*results):
-        torch.testing.assert_close(a / (a.abs().max() + 1e-6), b / (a.abs().max() + 1e-6), rtol=1e-2, atol=5e-3)
+        torch.testing.assert_close(a / (a.abs().max() + 1e-6), b / (a.abs().max() + 1e-6), rtol=1e-2,
+                                   atol=5e-3)
 
 
 @cuda
 def test_gpu_bfloat16_training_compiles_once_and_resumes(tmp_path, corpus):
-    kw = dict(device="cuda", dtype="bfloat16", dim=128, max_seq_len=64, batch_size=8, device_batch_size=4, num_steps=8,
-              save_every=4, coef_update=0.5, mean_target_end=0.2)
+    kw = dict(device="cuda", dtype="bfloat16", dim=128, max_seq_len=64, batch_size=8, device_batch_size=4,
+              num_steps=8, save_every=4, coef_update=0.5, mean_target_end=0.2)
     assert tgs.main(flags(corpus, tmp_path, **kw)) == 0
     record = only_record(tmp_path)
     assert json.loads((record / "summary.json").read_text())["recompiles_after_warm_up"] == 0
@@ -467,7 +483,8 @@ def test_gpu_bfloat16_training_compiles_once_and_resumes(tmp_path, corpus):
 @cuda
 def test_gpu_whatever_carries_ln_g_is_timed():
     bench = load_bench()
-    cfg = tgs.Config(dim=128, n_heads=2, n_layers=2, max_seq_len=512, device_batch_size=2, batch_size=2, vocab_size=128)
+    cfg = tgs.Config(dim=128, n_heads=2, n_layers=2, max_seq_len=512, device_batch_size=2, batch_size=2,
+                     vocab_size=128)
     seconds = bench.measure_carriers(bench.Bench(cfg, tgs.Runtime(cfg)), rounds=1)
     assert set(seconds) == {"carry_bias", "carry_key_columns", "carry_value_column"} and all(seconds.values())
 
@@ -484,7 +501,8 @@ def test_gpu_decoding_gives_the_full_forward_pass():
 
 def decoded(model, prompts, steps):
     """Greedy decoding with the cache: final logits, sequences with depths, and the decoder."""
-    decoder, rows, depths = tgs.Decoder(model, len(prompts)), [list(p) for p in prompts], [[] for _ in prompts]
+    decoder = tgs.Decoder(model, len(prompts))
+    rows, depths = [list(p) for p in prompts], [[] for _ in prompts]
     new = dict(enumerate(prompts))
     for _ in range(steps):
         logits, depth = decoder.append(new)
@@ -510,10 +528,10 @@ def check_decoding(model, prompts, steps):
 
 @few
 @given(seed=st.integers(0, 99), closing=st.floats(0, 2), n_layers=st.sampled_from([2, 4, 6]),
-       kv_heads=st.sampled_from([1, 2]), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4), steps=st.integers(1, 5),
-       as_compiled=st.booleans())
-def test_greedy_decoding_with_the_cache_is_the_full_forward_pass(seed, closing, n_layers, kv_heads, lengths, steps,
-                                                                 as_compiled):
+       kv_heads=st.sampled_from([1, 2]), lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+       steps=st.integers(1, 5), as_compiled=st.booleans())
+def test_greedy_decoding_with_the_cache_is_the_full_forward_pass(seed, closing, n_layers, kv_heads, lengths,
+                                                                 steps, as_compiled):
     model, cfg = random_model(seed, closing, n_layers=n_layers, n_kv_heads=kv_heads, max_seq_len=16)
     model.attend_some = tgs.attend_some if as_compiled else None
     prompts = [random_tokens(cfg, 1, n, seed + i)[0][0].tolist() for i, n in enumerate(lengths)]
@@ -529,8 +547,10 @@ def test_sampling_is_repeatable_by_seed_and_greedy_at_temperature_zero():
     assert one == two != other and [len(row) for row in one] == [22] * 3
     greedy = tgs.generate(model, [[1, 2]], 5, temperature=0)[0][0]
     assert [t.id for t in greedy] == decoded(model, [[1, 2]], 5)[1][0][0]
-    assert [t.id for t in tgs.generate(model, [[1, 2]], 5, temperature=3.0, top_k=1)[0][0]] == [t.id for t in greedy]
-    assert [t.id for t in tgs.generate(model, [[1, 2]], 5, temperature=1.0, top_p=1e-6)[0][0]] == [t.id for t in greedy]
+    assert [t.id for t in tgs.generate(model, [[1, 2]], 5, temperature=3.0,
+                                       top_k=1)[0][0]] == [t.id for t in greedy]
+    assert [t.id for t in tgs.generate(model, [[1, 2]], 5, temperature=1.0,
+                                       top_p=1e-6)[0][0]] == [t.id for t in greedy]
 
 
 def test_a_sample_ends_at_the_end_of_document_or_the_models_length():
@@ -621,7 +641,8 @@ def test_proportional_derivative_moves_only_while_the_deviation_grows():
 
 
 @pytest.mark.parametrize("rule, want", [
-    ("sparsity", lambda m, v, mu, s2: 0.01 * m), ("sparsity_variance", lambda m, v, mu, s2: 0.01 * m - 0.01 * v),
+    ("sparsity", lambda m, v, mu, s2: 0.01 * m),
+    ("sparsity_variance", lambda m, v, mu, s2: 0.01 * m - 0.01 * v),
     ("sparsity_variance_l2", lambda m, v, mu, s2: 0.1 * (m - mu) ** 2 + 0.1 * (v - s2) ** 2),
     ("adaptive", lambda m, v, mu, s2: 0.0), ("none", lambda m, v, mu, s2: 0.0)])
 def test_the_gate_loss_of_each_rule_is_table_1s(rule, want):
@@ -637,13 +658,15 @@ def test_variance_is_over_the_population_of_all_tokens_skipped_ones_included():
     _, stats, _ = model(inputs, targets)
     _, gates = oracle_forward(inputs, {k: v.detach().double() for k, v in model.named_parameters()}, cfg)
     want = gates.flatten(1).var(1, unbiased=False)
-    assert tgs.gate_report(stats.detach(), inputs.numel())["gate_var"] == pytest.approx(want.tolist(), abs=1e-5)
+    assert tgs.gate_report(stats.detach(), inputs.numel())["gate_var"] == pytest.approx(want.tolist(),
+                                                                                        abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # FLOPs
 
-@pytest.mark.parametrize("kw", [dict(), dict(closing=0.4), dict(control="dense"), dict(closing=0.3, n_kv_heads=1)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(closing=0.4), dict(control="dense"),
+                                dict(closing=0.3, n_kv_heads=1)], ids=str)
 def test_realised_flops_are_those_that_torch_counts(kw, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
     model, cfg = random_model(7, **kw)
@@ -659,7 +682,8 @@ def test_estimated_flops_count_each_block_once_and_scale_with_sparsity():
     full, none, middle = (tgs.estimated_flops(cfg, s) for s in (0.0, 1.0, 0.5))
     assert middle == pytest.approx((full + none) / 2)
     assert (full - none) / (tgs.estimated_flops(half) - tgs.estimated_flops(half, 1.0)) == pytest.approx(2)
-    products = 12 * (2 * 1024 * 12 * 768**2 + 2 * 1024 * 4 * 768**2 + 4 * 1024**2 * 768) + 2 * 1024 * 768 * 50257
+    block = 2 * 1024 * 12 * 768**2 + 2 * 1024 * 4 * 768**2 + 4 * 1024**2 * 768
+    products = 12 * block + 2 * 1024 * 768 * 50257
     assert products < full < 1.1 * products
 
 
@@ -761,8 +785,8 @@ def corpus(tmp_path_factory):
 
 
 def flags(corpus, records, **kw):
-    settings = TINY | dict(train_files=corpus / "c_train_*.bin", val_files=corpus / "c_val_*.bin", device="cpu",
-                           dtype="float32", records_dir=records) | kw
+    settings = TINY | dict(train_files=corpus / "c_train_*.bin", val_files=corpus / "c_val_*.bin",
+                           device="cpu", dtype="float32", records_dir=records) | kw
     return [part for k, v in settings.items() if v is not None for part in (f"--{k}", str(v))]
 
 
@@ -778,8 +802,8 @@ def only_record(folder):
 
 
 def run_script(*argv, **kw):
-    return subprocess.run([sys.executable, ROOT / "train_gpt_skip.py", *map(str, argv)], capture_output=True, text=True,
-                          timeout=120, **kw)
+    return subprocess.run([sys.executable, ROOT / "train_gpt_skip.py", *map(str, argv)], capture_output=True,
+                          text=True, timeout=120, **kw)
 
 
 def test_a_run_of_the_script_leaves_a_record_that_says_everything(tmp_path, corpus):
@@ -788,23 +812,26 @@ def test_a_run_of_the_script_leaves_a_record_that_says_everything(tmp_path, corp
     record = only_record(tmp_path)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_trial", record.name)
     names = {p.name for p in record.iterdir()}
-    assert names == {"log.txt", "metrics.jsonl", "config.json", "env.json", "train_gpt_skip.py", "summary.json",
-                     "plot.png", "checkpoint_6.pt", "model.safetensors"}
+    assert names == {"log.txt", "metrics.jsonl", "config.json", "env.json", "train_gpt_skip.py",
+                     "summary.json", "plot.png", "checkpoint_6.pt", "model.safetensors"}
     train, val = events(record, "train"), events(record, "val")
     assert [e["step"] for e in train] == list(range(6)) and [e["step"] for e in val] == [0, 4, 6]
     assert set(train[0]) == {"kind", "step", "tokens", "train_s", "loss", "cross_entropy", "lr", "grad_norm",
                              "tokens_per_s", "gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"}
-    assert set(val[0]) == {"kind", "step", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "tokens", "val_s"}
+    assert set(val[0]) == {"kind", "step", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "tokens",
+                           "val_s"}
     assert all(len(train[0][k]) == 4 for k in ("gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"))
     config, env = (json.loads((record / f).read_text()) for f in ("config.json", "env.json"))
     assert config["dim"] == 16 and config["coef_update"] == 1e-3 and len(env["source_sha256"]) == 64
     assert env["shards"]["train"][1] == {"name": "c_train_000002.bin", "bytes": 5024, "tokens": 2000}
     summary = json.loads((record / "summary.json").read_text())
     assert summary["cross_entropy"] == val[-1]["cross_entropy"] and summary["step"] == 6
-    assert "sparsity" in done.stdout and "of a dense step" in done.stdout and "eval --checkpoint" in done.stdout
+    assert "sparsity" in done.stdout and "of a dense step" in done.stdout
+    assert "eval --checkpoint" in done.stdout
     assert (record / "log.txt").read_text() in done.stdout + "\n"
 
-    again = run_script("eval", "--checkpoint", record, "--val_files", corpus / "c_val_*.bin", "--device", "cpu")
+    again = run_script("eval", "--checkpoint", record, "--val_files", corpus / "c_val_*.bin", "--device",
+                       "cpu")
     assert again.returncode == 0, again.stderr
     loss = float(re.search(r"cross_entropy (\d+\.\d{4,})", again.stdout)[1])
     assert loss == pytest.approx(val[-1]["cross_entropy"], abs=1e-5)
@@ -814,14 +841,16 @@ def test_the_first_steps_of_a_run_are_those_of_the_equations(tmp_path, corpus):
     """Loss, gate statistics and coefficients of two steps of two micro-batches, by oracle and AdamW in
     float64."""
     cfg = Config(**TINY | dict(num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3))
-    assert tgs.main(flags(corpus, tmp_path, num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3)) == 0
+    assert tgs.main(flags(corpus, tmp_path, num_steps=2, mean_target_end=0.2, coef_update=0.5,
+                          initializer_range=0.3)) == 0
     seen = events(only_record(tmp_path), "train")
     model = MiddleSkippingTransformer(cfg)
     tgs.initialise(model, cfg)
     P = {k: v.detach().double().requires_grad_() for k, v in model.named_parameters()}
     adam = torch.optim.AdamW(P.values(), lr=0, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
     tokens = torch.from_numpy(np.fromfile(corpus / "c_train_000001.bin", "<u2", offset=1024).astype(np.int64))
-    alpha, beta, mu = torch.zeros(4).double(), torch.zeros(4).double(), torch.tensor([1.0, 0.2, 0.2, 1.0]).double()
+    alpha, beta = torch.zeros(4).double(), torch.zeros(4).double()
+    mu = torch.tensor([1.0, 0.2, 0.2, 1.0]).double()
     for step, lr in enumerate((1e-3, 1e-3 * 0.5)):
         losses, gates = [], []
         for a in range(2):
@@ -838,7 +867,8 @@ def test_the_first_steps_of_a_run_are_those_of_the_equations(tmp_path, corpus):
         for coef, deviation in ((alpha, m - mu), (beta, v - mu * (1 - mu))):
             coef += 0.5 * deviation * (deviation.abs() > 0.01)
         event = seen[step]
-        assert event["lr"] == pytest.approx(lr) and event["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4)
+        assert event["lr"] == pytest.approx(lr) and event["loss"] == pytest.approx(sum(losses).item() / 2,
+                                                                                   rel=1e-4)
         assert event["gate_mean"] == pytest.approx(m.tolist(), abs=1e-4)
         assert event["gate_var"] == pytest.approx(v.tolist(), abs=1e-4)
         assert event["mean_coef"] == pytest.approx(alpha.tolist(), abs=1e-4)
@@ -853,7 +883,8 @@ def test_a_target_loss_stops_the_run_and_the_summary_says_when(tmp_path, corpus)
 
 def test_training_learns_and_reaches_the_targets_of_the_gates(tmp_path, corpus):
     """A language of period 11: the loss falls below half, and the middle gates come near their target."""
-    kw = dict(num_steps=150, dim=32, lr=1e-2, coef_update=0.1, mean_target_end=0.4, val_every=150, batch_size=8)
+    kw = dict(num_steps=150, dim=32, lr=1e-2, coef_update=0.1, mean_target_end=0.4, val_every=150,
+              batch_size=8)
     assert tgs.main(flags(corpus, tmp_path, **kw)) == 0
     first, last = events(only_record(tmp_path), "val")
     assert last["cross_entropy"] < 0.5 * first["cross_entropy"]
@@ -867,7 +898,8 @@ def test_a_checkpoint_goes_out_and_comes_back_in_every_layout(tmp_path, capsys):
         model, cfg = random_model(15, **kw)
         inputs, _ = random_tokens(cfg)
         want = model_logits(model, inputs)[0]
-        hub, released, again = (tmp_path / f"{name}{len(list(tmp_path.iterdir()))}" for name in ("hub", "released", "again"))
+        hub, released, again = (tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
+                                for name in ("hub", "released", "again"))
         model.save_pretrained(hub)
         assert tgs.main(["export", "--checkpoint", str(hub), "--to", "released", "--out", str(released)]) == 0
         extra = [f"--{k}={getattr(cfg, k)}" for k in ("norm", "control")]
@@ -878,7 +910,8 @@ def test_a_checkpoint_goes_out_and_comes_back_in_every_layout(tmp_path, capsys):
         stored = json.loads((released / "config.json").read_text())["model"]
         assert stored["zero_init_masks"] == (cfg.control == "dense") and stored["dim"] == 16
         (released / "state_step0.pt").unlink()
-        save_file({"model." + k: v.detach().bfloat16() for k, v in model.state_dict().items()}, released / "model.safetensors")
+        save_file({"model." + k: v.detach().bfloat16() for k, v in model.state_dict().items()},
+                  released / "model.safetensors")
         (released / "config.json").write_text(json.dumps(stored | {"architectures": ["SkipMiddleModel"]}))
         settings, state = tgs.read_weights(str(released))
         assert settings["dim"] == 16 and "layers.0.attention.wq.weight" in state
@@ -890,8 +923,8 @@ def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_check
     write_shard(tmp_path / "d" / "d_val_000000.bin", [1, 2, 3] * 20)
     model, _ = random_model(18)
     model.save_pretrained(tmp_path / "m")
-    args = ["eval", "--checkpoint", str(tmp_path / "m"), "--val_files", str(tmp_path / "d" / "*.bin"), "--batch_size", "2",
-            "--device_batch_size", "2", "--encoding", "bytes"]
+    args = ["eval", "--checkpoint", str(tmp_path / "m"), "--val_files", str(tmp_path / "d" / "*.bin"),
+            "--batch_size", "2", "--device_batch_size", "2", "--encoding", "bytes"]
     assert tgs.main(args) == 0 and "bits" not in capsys.readouterr().out
     dataset = {"encoding": "bytes", "shards": {"d_val_000000.bin": {"tokens": 60, "bytes": 240}}}
     (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
@@ -912,7 +945,8 @@ def resident():
     return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 step, seen = tgs.Trainer.train_step, []
 tgs.Trainer.train_step = lambda self, i: (seen.append(resident()), step(self, i))[1]
-assert tgs.main({flags(corpus, tmp_path, num_steps=501, coef_update=0.5, mean_target_end=0.3, log_every=500, val_every=501)}) == 0
+assert tgs.main({flags(corpus, tmp_path, num_steps=501, coef_update=0.5, mean_target_end=0.3,
+                       log_every=500, val_every=501)}) == 0
 print('grown', seen[500] - seen[50])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -937,34 +971,40 @@ def test_texts_and_hellaswag_are_scored_by_log_probability(tmp_path, capsys):
         logits = model_logits(model, torch.tensor([tokens[:-1]]))[0][0]
         return torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
 
-    args = ["eval", "--checkpoint", str(tmp_path / "m"), "--text", str(tmp_path / "a.txt"), "--hellaswag", str(tmp_path / "h.jsonl")]
+    args = ["eval", "--checkpoint", str(tmp_path / "m"), "--text", str(tmp_path / "a.txt"), "--hellaswag",
+            str(tmp_path / "h.jsonl")]
     assert tgs.main(args) == 0
     out = capsys.readouterr().out
     total = nll([256, *"The middle of a text, é.".encode()]).sum().item()
     assert float(re.search(r"cross_entropy (\S+)", out)[1]) == pytest.approx(total / 25, abs=1e-4)
     assert float(re.search(r"(\S+) bits a byte", out)[1]) == pytest.approx(total / 25 / math.log(2), abs=1e-3)
-    scores = [nll([256, *b"a b", *(" " + e).encode()])[-1 - len(e):].mean().item() for e in question["endings"]]
+    scores = [nll([256, *b"a b", *(" " + e).encode()])[-1 - len(e):].mean().item()
+              for e in question["endings"]]
     assert f"acc_norm {float(scores.index(min(scores)) == 2):.4f}" in out and "3 questions" in out
     (tmp_path / "h.jsonl").write_text("{}\n")
     assert tgs.main(args) == 2 and "line 1" in capsys.readouterr().err
 
 
 def test_importing_the_script_does_no_work():
-    code = "import sys, train_gpt_skip; assert 'matplotlib' not in sys.modules; import torch.distributed as d; " \
-           "assert not d.is_initialized(); print('done')"
+    code = ("import sys, train_gpt_skip; assert 'matplotlib' not in sys.modules; "
+            "import torch.distributed as d; assert not d.is_initialized(); print('done')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "done\n" and done.stderr == ""
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--no_such_flag", "1"], "--no_such_flag"), (["--n_layers", "3"], "--n_layers 3 must be even"),
-    (["--dim", "100"], "--n_heads"), (["--dim", "ten"], "--dim"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"),
+    (["--dim", "100"], "--n_heads"), (["--dim", "ten"], "--dim"), (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
     (["--n_kv_heads", "5"], "--n_kv_heads"), (["--batch_size", "7"], "--device_batch_size"),
     (["--gate_attention", "none"], "still a key"), (["--control", "magic"], "--control"),
-    (["--control", "sparsity", "--coef_update", "1"], "--coef_update"), (["--mean_target_end", "1.5"], "between 0 and 1"),
+    (["--control", "sparsity", "--coef_update", "1"], "--coef_update"),
+    (["--mean_target_end", "1.5"], "between 0 and 1"),
     (["--train_files", "nowhere/*.bin"], "matches no file"), (["--resume", "nowhere"], "not a record"),
-    (["--init_from", "nowhere"], "does not exist"), (["eval"], "--checkpoint"), (["--preset", "huge"], "--preset")])
-def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status_2(argv, words, tmp_path, capsys, monkeypatch):
+    (["--init_from", "nowhere"], "does not exist"), (["eval"], "--checkpoint"),
+    (["--preset", "huge"], "--preset")])
+def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status_2(argv, words, tmp_path,
+                                                                                   capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tgs.main([*argv]) == 2
     error = capsys.readouterr().err
@@ -1003,7 +1043,8 @@ class Ranks:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         sys.stdout.flush(), sys.stderr.flush()
-        self.outputs, self.pids, self.statuses = [folder / f"rank_{r}.txt" for r in range(world)], [], [None] * world
+        self.outputs = [folder / f"rank_{r}.txt" for r in range(world)]
+        self.pids, self.statuses = [], [None] * world
         for rank in range(world):
             if pid := os.fork():
                 self.pids.append(pid)
@@ -1013,7 +1054,8 @@ class Ranks:
                 with open(self.outputs[rank], "w") as out:
                     os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 if world > 1:
                     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -1063,7 +1105,8 @@ def wait_for(condition, seconds=60):
 
 def timeless(record):
     """What a run measured, without what the clock says."""
-    return [{k: v for k, v in e.items() if k not in ("train_s", "tokens_per_s", "val_s")} for e in events(record)]
+    return [{k: v for k, v in e.items() if k not in ("train_s", "tokens_per_s", "val_s")}
+            for e in events(record)]
 
 
 def end_of(record):
@@ -1109,8 +1152,10 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_if_nothing_had_happened(
         return before
 
     argv, metrics = flags(corpus, tmp_path / "cut", **kw), None
-    plans = [(dies_at(os, "fsync", 9), None), (dies_at(os, "replace", 3), None), (dies_at(os, "replace", 2, True), None),
-             (dies_at(torch, "save", 3, True), None)] + [(lambda rank: None, rng.uniform(0, 0.15)) for _ in range(4)]
+    plans = [(dies_at(os, "fsync", 9), None), (dies_at(os, "replace", 3), None),
+             (dies_at(os, "replace", 2, True), None),
+             (dies_at(torch, "save", 3, True), None)] + [(lambda rank: None, rng.uniform(0, 0.15))
+                                                         for _ in range(4)]
     for before, delay in plans:
         run = Ranks(tmp_path, argv, before=before)
         if delay is not None:
@@ -1126,7 +1171,8 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_if_nothing_had_happened(
     assert same_end(end_of(record), end_of(only_record(tmp_path / "whole")))
 
 
-def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole(tmp_path, corpus, capsys, no_plot):
+def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole(tmp_path, corpus, capsys,
+                                                                                 no_plot):
     argv = flags(corpus, tmp_path, num_steps=6, save_every=2, val_every=2, **DRIVEN)
     assert tgs.main(argv) == 0
     record, argv = only_record(tmp_path), argv + ["--resume", str(only_record(tmp_path))]
@@ -1137,12 +1183,14 @@ def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole
         capsys.readouterr()
         assert tgs.main(argv) == 0
         seen = capsys.readouterr()
-        assert seen.err.count("WARNING") == seen.err.count("\n") == warnings and f"resumed at step {step}\n" in seen.out
+        assert seen.err.count("WARNING") == seen.err.count("\n") == warnings
+        assert f"resumed at step {step}\n" in seen.out
         assert same_end(end_of(record), whole)
         return seen.err
 
     resumes(6)  # a finished run ends once more, and loses nothing
-    for damage in (lambda b: b[:len(b) // 2], lambda b: b[:3000] + bytes([b[3000] ^ 1]) + b[3001:], lambda b: b""):
+    for damage in (lambda b: b[:len(b) // 2], lambda b: b[:3000] + bytes([b[3000] ^ 1]) + b[3001:],
+                   lambda b: b""):
         last.write_bytes(damage(last.read_bytes()))
         (record / "checkpoint_8.pt.partial").write_bytes(b"torn")
         (record / "checkpoint_old.pt").write_bytes(b"mine")  # not of ours: left alone
@@ -1162,22 +1210,27 @@ def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole
         path.unlink()
     resumes(0)
     for name, value in (("lr", 0.5), ("seed", 3), ("control", "none"), ("train_files", "other_*.bin")):
-        refused_in_one_line(capsys, argv + [f"--{name}", str(value)], f"--{name} {value} disagrees", "leave the flag out")
+        refused_in_one_line(capsys, argv + [f"--{name}", str(value)], f"--{name} {value} disagrees",
+                            "leave the flag out")
     assert tgs.main(["--resume", str(record), "--log_every", "2"]) == 0 and same_end(end_of(record), whole)
     assert len(list(tmp_path.iterdir())) == 1
 
     state = torch.load(last)  # whole, but not of this run
-    for change in (dict(model={}), dict(optimizer=3), dict(control={}), dict(step="six"), dict(step=700), dict(place=None),
-                   dict(place=(9, 0)), dict(rng=1), dict(train_s="long"), dict(control=dict(coef=torch.zeros(1), average=None))):
+    for change in (dict(model={}), dict(optimizer=3), dict(control={}), dict(step="six"), dict(step=700),
+                   dict(place=None),
+                   dict(place=(9, 0)), dict(rng=1), dict(train_s="long"),
+                   dict(control=dict(coef=torch.zeros(1), average=None))):
         torch.save(state | change, last)
         refused_in_one_line(capsys, argv, str(last))
     assert timeless(record) == whole[0]
 
 
-def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_checkpoint(tmp_path, corpus, no_plot):
+def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_checkpoint(tmp_path, corpus,
+                                                                                          no_plot):
     assert tgs.main(flags(corpus, tmp_path / "a", num_steps=1)) == 0
     first = only_record(tmp_path / "a")
-    argv = ["--records_dir", str(tmp_path / "b"), "--config", str(first / "config.json"), "--init_from", str(first)]
+    argv = ["--records_dir", str(tmp_path / "b"), "--config", str(first / "config.json"), "--init_from",
+            str(first)]
     assert tgs.main(argv) == 0
     record = only_record(tmp_path / "b")
     whole = end_of(record)
@@ -1190,18 +1243,21 @@ def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_c
 
 
 def test_runs_that_start_in_the_same_second_write_records_of_their_own(tmp_path, corpus, no_plot):
-    runs = [Ranks(tmp_path / f"out_{i}", flags(corpus, tmp_path / "records", num_steps=1, name="twin")) for i in (0, 1)]
+    runs = [Ranks(tmp_path / f"out_{i}", flags(corpus, tmp_path / "records", num_steps=1, name="twin"))
+            for i in (0, 1)]
     assert [run.wait() for run in runs] == [[0], [0]]
     stamp = lambda: tgs.make_folder(tmp_path / "folders", "x")
     threads = [threading.Thread(target=stamp) for _ in range(20)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert len(list((tmp_path / "records").iterdir())) == 2 and len(list((tmp_path / "folders").iterdir())) == 20
+    assert len(list((tmp_path / "records").iterdir())) == 2
+    assert len(list((tmp_path / "folders").iterdir())) == 20
 
 
 # Signals
 
 @pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_that_resumes(tmp_path, corpus, number, world):
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_that_resumes(tmp_path, corpus,
+                                                                                           number, world):
     """Of two ranks one gets the signal; both end after the same step."""
     argv = flags(corpus, tmp_path / "r", num_steps=9999, val_every=9999, **DRIVEN)
     run = Ranks(tmp_path, argv, world)
@@ -1230,13 +1286,16 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, corpus):
 
 def test_an_interrupt_before_the_first_step_is_one_line_too(tmp_path, corpus, capsys, monkeypatch):
     monkeypatch.setattr(tgs, "build_model", lambda *args: throw(KeyboardInterrupt))
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted before the first step", status=130)
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted before the first step",
+                        status=130)
     assert not (tmp_path / "r").exists()
 
 
 # Divergence
 
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path, corpus, capsys, monkeypatch):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path, corpus,
+                                                                                           capsys,
+                                                                                           monkeypatch):
     real, seen = tgs.Trainer.micro_step, []
 
     def poisoned(trainer, x, y):
@@ -1248,7 +1307,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_t
 
     monkeypatch.setattr(tgs.Trainer, "micro_step", poisoned)
     argv = flags(corpus, tmp_path / "a", num_steps=6, save_every=2)
-    refused_in_one_line(capsys, argv, "gradient", "step 3", "c_train_000001.bin", "token 96", "--lr", status=3)
+    refused_in_one_line(capsys, argv, "gradient", "step 3", "c_train_000001.bin", "token 96", "--lr",
+                        status=3)
     trainer, weights = seen[-1]
     assert all(torch.equal(v, weights[k]) for k, v in trainer.model.state_dict().items())
     checkpoint, = tgs.checkpoints(only_record(tmp_path / "a"))
@@ -1256,8 +1316,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_t
 
     monkeypatch.setattr(tgs.Trainer, "micro_step", real)
     huge = ["--lr", "1e38", "--warmup_fraction", "0"]
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "b") + huge, "loss on rank 0", "step 1", "token 32", status=3)
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "c", num_steps=1) + huge, "validation loss", "step 1", status=3)
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "b") + huge, "loss on rank 0", "step 1", "token 32",
+                        status=3)
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "c", num_steps=1) + huge, "validation loss",
+                        "step 1", status=3)
     assert not (only_record(tmp_path / "c") / "summary.json").exists()
 
 
@@ -1271,26 +1333,33 @@ def test_every_malformed_shard_is_one_line_that_names_it_before_a_record_is_made
     path, tokens = tmp_path / "bad.bin", np.arange(200, dtype="<u2").__mod__(11).tobytes()
     good = shard_header(20240520, 1, 200)
     for content, word in [
-            (b"", "too short"), (good[:1000], "too short"), (shard_header(20240521, 1, 200) + tokens, "begins with 20240521"),
-            (shard_header(20240520, 2, 200) + tokens, "version 2"), (np.frombuffer(good, "<i4").byteswap().tobytes() + tokens, "big-endian"),
-            *[(shard_header(20240520, 1, n) + tokens, f"says {n} tokens but holds 200") for n in (201, 199, -1, 0, 2**31 - 1)],
+            (b"", "too short"), (good[:1000], "too short"),
+            (shard_header(20240521, 1, 200) + tokens, "begins with 20240521"),
+            (shard_header(20240520, 2, 200) + tokens, "version 2"),
+            (np.frombuffer(good, "<i4").byteswap().tobytes() + tokens, "big-endian"),
+            *[(shard_header(20240520, 1, n) + tokens, f"says {n} tokens but holds 200")
+              for n in (201, 199, -1, 0, 2**31 - 1)],
             (good + tokens + b"x", "holds 200.5"), (good + tokens[:-2], "holds 199"), (good, "holds 0"),
             (shard_header(20240520, 1, 20) + tokens[:40], "smaller --batch_size")]:
         path.write_bytes(content)
         refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), word, str(path))
     path.write_bytes(shard_header(20240520, 1, 8) + tokens[:16])
     refused_in_one_line(capsys, flags(corpus, tmp_path / "r", val_files=path), "--val_files", "--max_seq_len")
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=tmp_path / "none_*.bin"), "matches no file")
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=tmp_path / "none_*.bin"),
+                        "matches no file")
     path.unlink(), path.mkdir()
     refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path), "directory")
     path.rmdir()
     write_shard(path, [1] * 200).chmod(0)
     if not os.access(path, os.R_OK):  # root reads everything
-        refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path), "Permission denied")
+        refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path),
+                            "Permission denied")
     assert not (tmp_path / "r").exists()
 
 
-def test_a_token_beyond_the_vocabulary_is_found_before_it_reaches_the_model_also_when_read_ahead(tmp_path, corpus, capsys):
+def test_a_token_beyond_the_vocabulary_is_found_before_it_reaches_the_model_also_when_read_ahead(tmp_path,
+                                                                                                 corpus,
+                                                                                                 capsys):
     tokens = np.arange(200) % 11
     tokens[3 * 32 + 20] = 60000
     path = write_shard(tmp_path / "bad.bin", tokens)
@@ -1300,7 +1369,8 @@ def test_a_token_beyond_the_vocabulary_is_found_before_it_reaches_the_model_also
     refused_in_one_line(capsys, flags(corpus, tmp_path / "v", val_files=path), *words)
 
 
-def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is_made(tmp_path, corpus, capsys):
+def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is_made(tmp_path, corpus,
+                                                                                      capsys):
     """And a pickle that would run code is refused, and nothing of it runs."""
     assert tgs.main(flags(corpus, tmp_path / "good", num_steps=1)) == 0
     good, bad, ran = only_record(tmp_path / "good"), tmp_path / "bad", tmp_path / "ran"
@@ -1323,27 +1393,38 @@ def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is
         elif content is not None:
             torch.save(content, bad / name)
         for source in (bad, bad / name) if content is not None else (bad,):
-            refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=source, dim=None, n_layers=None), str(bad), *words)
+            refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=source, dim=None,
+                                              n_layers=None), str(bad), *words)
 
-    refuses(data[:len(data) // 2], "damaged"), refuses(b"", "damaged"), refuses(b"not a checkpoint", "damaged")
+    refuses(data[:len(data) // 2], "damaged"), refuses(b"", "damaged"), refuses(b"not a checkpoint",
+                                                                                "damaged")
     refuses(data[:3000] + bytes([data[3000] ^ 1]) + data[3001:], "damaged")
-    refuses(pickle.dumps(Evil()), "damaged"), refuses({"model": Evil()}, "damaged"), refuses(Evil(), "damaged")
-    refuses([1], "not a dictionary"), refuses({"model": [1]}, "not a dictionary"), refuses({"model": {3: model[weight]}}, "not a dictionary")
+    refuses(pickle.dumps(Evil()), "damaged"), refuses({"model": Evil()}, "damaged"), refuses(Evil(),
+                                                                                             "damaged")
+    refuses([1], "not a dictionary"), refuses({"model": [1]},
+                                              "not a dictionary"), refuses({"model": {3: model[weight]}},
+                                                                           "not a dictionary")
     refuses({"model": {}}, "lacks"), refuses({"model": model | {"more": model[weight]}}, "also has more")
-    refuses({"model": model | {weight: torch.zeros(3)}}, weight, "[3]"), refuses({"model": model | {weight: "text"}}, weight, "str")
-    refuses({"model": model | {weight: model[weight].long()}}, weight, "int64"), refuses(None, "has no checkpoint")
+    refuses({"model": model | {weight: torch.zeros(3)}}, weight,
+            "[3]"), refuses({"model": model | {weight: "text"}}, weight, "str")
+    refuses({"model": model | {weight: model[weight].long()}}, weight, "int64"), refuses(None,
+                                                                                         "has no checkpoint")
     refuses(data, "no config.json", config=None), refuses(data, "cannot be read as JSON", config=config[:50])
-    refuses(data, "not a JSON object", config="[1]"), refuses(data, "does not say dim", config='{"n_layers": 4}')
-    refuses(data, "not a dictionary", config='{"model": 3}'), refuses(data, "cannot be read as JSON", config="[" * 100_000)
+    refuses(data, "not a JSON object", config="[1]"), refuses(data, "does not say dim",
+                                                              config='{"n_layers": 4}')
+    refuses(data, "not a dictionary", config='{"model": 3}'), refuses(data, "cannot be read as JSON",
+                                                                      config="[" * 100_000)
     weights = (good / "model.safetensors").read_bytes()
-    refuses(weights[:-100], "damaged", name="model.safetensors"), refuses(b"{", "damaged", name="model.safetensors")
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=good, dim=32), "--dim 32 disagrees", str(good))
+    refuses(weights[:-100], "damaged", name="model.safetensors"), refuses(b"{", "damaged",
+                                                                          name="model.safetensors")
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=good, dim=32), "--dim 32 disagrees",
+                        str(good))
     assert not ran.exists() and not (tmp_path / "r").exists()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(head=st.lists(st.integers(-2**31, 2**31 - 1) | st.sampled_from([20240520, 1, 0, 5]), max_size=4), cut=st.integers(0, 1100),
-       size=st.integers(0, 12), real=st.integers(0, 3))
+@given(head=st.lists(st.integers(-2**31, 2**31 - 1) | st.sampled_from([20240520, 1, 0, 5]), max_size=4),
+       cut=st.integers(0, 1100), size=st.integers(0, 12), real=st.integers(0, 3))
 def test_no_header_of_a_shard_is_more_than_accepted_or_refused(tmp_path_factory, head, cut, size, real):
     path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
     values = ((20240520, 1, size)[:real] + tuple(head))[:256]
@@ -1355,10 +1436,12 @@ def test_no_header_of_a_shard_is_more_than_accepted_or_refused(tmp_path_factory,
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(at=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3), cut=st.none() | st.floats(0, 1), seed=st.integers(0, 9))
+@given(at=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3),
+       cut=st.none() | st.floats(0, 1), seed=st.integers(0, 9))
 def test_no_damage_to_a_checkpoint_changes_what_is_read_from_it(tmp_path_factory, at, cut, seed):
     """Read whole and the same, or refused in one line."""
-    path, content = tmp_path_factory.getbasetemp() / "fuzzed.pt", {"model": {"w": torch.arange(40.0)}, "step": 3}
+    path, content = tmp_path_factory.getbasetemp() / "fuzzed.pt", {"model": {"w": torch.arange(40.0)},
+                                                                   "step": 3}
     torch.save(content, path)
     data = bytearray(path.read_bytes())
     for place, value in at:
@@ -1384,13 +1467,15 @@ def test_a_full_disk_stops_the_run_in_one_line_with_the_checkpoint_before_intact
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint_4.pt.partial"):
             raise full
     for i, (module, name, fault) in enumerate([
-            (os, "fsync", fsync), (torch, "save", lambda s, f, real=torch.save: real(s, f) if s["step"] < 4 else throw(full))]):
+            (os, "fsync", fsync),
+            (torch, "save", lambda s, f, real=torch.save: real(s, f) if s["step"] < 4 else throw(full))]):
         with monkeypatch.context() as m:
             m.setattr(module, name, fault)
-            refused_in_one_line(capsys, flags(corpus, tmp_path / f"r{i}", **kw), "checkpoint_4.pt cannot be written",
-                                "No space left", "--resume")
+            refused_in_one_line(capsys, flags(corpus, tmp_path / f"r{i}", **kw),
+                                "checkpoint_4.pt cannot be written", "No space left", "--resume")
         record = only_record(tmp_path / f"r{i}")
-        assert [p.name for p in tgs.checkpoints(record)] == ["checkpoint_2.pt"] and not list(record.glob("*.partial"))
+        assert [p.name for p in tgs.checkpoints(record)] == ["checkpoint_2.pt"]
+        assert not list(record.glob("*.partial"))
         assert tgs.main(["--resume", str(record)]) == 0 and same_end(end_of(record), whole)
 
 
@@ -1398,7 +1483,8 @@ def test_a_full_disk_stops_the_run_in_one_line_with_the_checkpoint_before_intact
 def test_a_run_on_a_full_file_system_says_so_and_goes_on_when_there_is_room(tmp_path, corpus, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk],
+                      capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
         kw = dict(num_steps=6, save_every=2, dim=32)
@@ -1422,7 +1508,8 @@ def test_a_run_on_a_full_file_system_says_so_and_goes_on_when_there_is_room(tmp_
 # Several processes
 
 def losses(record):
-    return [[e[k] for k in ("loss", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef") if k in e]
+    return [[e[k] for k in ("loss", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "mean_coef",
+                            "var_coef") if k in e]
             for e in events(record)]
 
 
@@ -1432,7 +1519,8 @@ def assert_same_losses(a, b):
     assert len(a) == len(b) and all(x == pytest.approx(y, rel=1e-3, abs=2e-5) for x, y in zip(*flat))
 
 
-def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_when_it_changes_on_resume(tmp_path, corpus, no_plot):
+def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_when_it_changes_on_resume(
+        tmp_path, corpus, no_plot):
     """And gradients synchronise once a step, not on the micro-batches of an accumulation."""
     kw = dict(num_steps=6, save_every=3, val_every=3, device_batch_size=1, **DRIVEN)
 
@@ -1480,7 +1568,8 @@ def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_w
         assert_same_losses(one, losses(only_record(folder)))
 
 
-def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_train(tmp_path, corpus, no_plot):
+def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_train(tmp_path, corpus,
+                                                                                     no_plot):
     """Token 3 skips at the first router, and is all that rank 1 sees; then no token runs any block."""
     model, cfg = random_model(2, **TINY)
     h = model.input_norm(model.tok_embeddings.weight[3]).detach()
@@ -1494,7 +1583,8 @@ def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_t
         tgs.export_weights(model, source / "model.safetensors")
         (source / "config.json").write_text(json.dumps({k: getattr(cfg, k) for k in tgs.MODEL_FIELDS}))
         for world in (1, 2):
-            run = Ranks(tmp_path, flags(corpus, source / str(world), init_from=source, train_files=shard, val_tokens=100), world)
+            run = Ranks(tmp_path, flags(corpus, source / str(world), init_from=source, train_files=shard,
+                                        val_tokens=100), world)
             assert run.wait() == [0] * world, run.text()
         one, two = (only_record(source / w) for w in "12")
         assert events(two, "train")[0]["gate_zero"][0] == pytest.approx(share, abs=0.04)
@@ -1513,7 +1603,8 @@ def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(tmp_path, c
 
     def dies(rank):
         real = tgs.Trainer.micro_step
-        tgs.Trainer.micro_step = lambda self, x, y: os.kill(os.getpid(), 9) if rank == 1 and self.loader.place[1] else real(self, x, y)
+        tgs.Trainer.micro_step = lambda self, x, y: (
+            os.kill(os.getpid(), 9) if rank == 1 and self.loader.place[1] else real(self, x, y))
     run = Ranks(tmp_path, flags(corpus, tmp_path / "s"), 2, dies)
     assert run.wait(30) == [1, -9] and len(run.errors()) == 1, run.text()
 
@@ -1525,7 +1616,8 @@ def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(tmp_path, c
             return loss * (math.nan if rank == 1 and self.loader.place[1] else 1), ce, stats
         tgs.Trainer.micro_step = step
     run = Ranks(tmp_path, flags(corpus, tmp_path / "t"), 2, poisons)
-    assert run.wait(30) == [3, 3] and len(run.errors()) == 1 and "loss on rank 1" in run.errors()[0], run.text()
+    assert run.wait(30) == [3,
+                            3] and len(run.errors()) == 1 and "loss on rank 1" in run.errors()[0], run.text()
     # the same on all: said once
     for wrong in (["--dim", "15"], ["--train_files", "none_*.bin"], ["--batch_size", "2"]):
         run = Ranks(tmp_path, flags(corpus, tmp_path / "u") + wrong, 2)
@@ -1536,8 +1628,10 @@ def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(tmp_path, c
 def test_torchruns_restarts_go_on_from_the_last_checkpoint(tmp_path, corpus):
     """One of two processes is killed; torchrun starts both again, in the same record."""
     kw = dict(num_steps=80, save_every=10, val_every=80, **DRIVEN)
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
-            "--monitor_interval", "0.2", str(ROOT / "train_gpt_skip.py"), *flags(corpus, tmp_path / "r", **kw)]
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "--max_restarts", "1",
+            "--monitor_interval", "0.2", str(ROOT / "train_gpt_skip.py"),
+            *flags(corpus, tmp_path / "r", **kw)]
     with open(tmp_path / "out", "w") as out, subprocess.Popen(argv, stdout=out, stderr=out) as run:
         wait_for(lambda: list((tmp_path / "r").glob("*/checkpoint_10.pt")) or run.poll() is not None)
         workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -1559,8 +1653,10 @@ def test_two_torchrun_agents_act_as_two_machines(tmp_path, corpus, no_plot):
         port = str(s.getsockname()[1])
     kw = dict(num_steps=3, device_batch_size=1, **DRIVEN)
     agents = [subprocess.Popen([
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n), "--master_addr", "127.0.0.1",
-        "--master_port", port, "--nproc_per_node", "1", str(ROOT / "train_gpt_skip.py"), *flags(corpus, tmp_path / "two", **kw)],
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n),
+        "--master_addr", "127.0.0.1",
+        "--master_port", port, "--nproc_per_node", "1", str(ROOT / "train_gpt_skip.py"),
+        *flags(corpus, tmp_path / "two", **kw)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
     outputs = [agent.communicate(timeout=90)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
@@ -2264,11 +2360,13 @@ def report_record(parent, name, second=0, summary=(), env=(), **settings):
     """A finished record as the trainer writes it, as far as the report reads it."""
     folder = parent / f"2026-11-22_20-00-{second:02d}_{name}"
     folder.mkdir(parents=True)
-    config = dict(control="proportional", n_layers=8, mean_target_end=0.25, train_files="data/demo/demo_train_*.bin",
-                  val_files="data/demo/demo_val_*.bin", val_tokens=None, batch_size=8, max_seq_len=256, num_steps=600,
-                  dim=128, vocab_size=257, preset="demo") | settings
+    config = dict(control="proportional", n_layers=8, mean_target_end=0.25,
+                  train_files="data/demo/demo_train_*.bin",
+                  val_files="data/demo/demo_val_*.bin", val_tokens=None, batch_size=8, max_seq_len=256,
+                  num_steps=600, dim=128, vocab_size=257, preset="demo") | settings
     env = dict(world_size=1, device="AMD EPYC", git_commit="0123456789abcdef", git_dirty=False) | dict(env)
-    summary = dict(interrupted=False, step=config["num_steps"], train_seconds=240.0, parameters=2167812, sparsity=0.39,
+    summary = dict(interrupted=False, step=config["num_steps"], train_seconds=240.0, parameters=2167812,
+                   sparsity=0.39,
                    cross_entropy=1.8983, estimated_flops_per_token=3.385e6, realised_flops_per_token=2.86e6,
                    tokens_per_s=5120.0) | dict(summary)
     for file, content in (("config", config), ("env", env), ("summary", summary)):
@@ -2277,8 +2375,10 @@ def report_record(parent, name, second=0, summary=(), env=(), **settings):
 
 
 def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_path, capsys):
-    argv = ["--device", "cpu", "--rounds", "1", "--decode_batches", "1", "3", "--records_dir", tmp_path, "--no-compile"]
-    for k, v in dict(dim=32, n_heads=2, n_layers=4, max_seq_len=64, vocab_size=64, device_batch_size=2).items():
+    argv = ["--device", "cpu", "--rounds", "1", "--decode_batches", "1", "3", "--records_dir", tmp_path,
+            "--no-compile"]
+    for k, v in dict(dim=32, n_heads=2, n_layers=4, max_seq_len=64, vocab_size=64,
+                     device_batch_size=2).items():
         argv += [f"--{k}", v]
     assert load_bench().main([str(a) for a in argv]) == 0
     bench = json.loads(next(tmp_path.glob("*_bench/bench.json")).read_text())
@@ -2290,24 +2390,28 @@ def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_p
     for row in bench["rows"]:
         of = dense[row["mode"], row["batch"]]
         assert row["speedup"] == pytest.approx(of["seconds"] / row["seconds"])
-        assert row["efficiency"] == pytest.approx(row["speedup"] * row["flops_per_token"] / of["flops_per_token"])
-        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * row["flops_per_token"] / bench["matmul_flops_per_s"])
-        if row["sparsity"] is not None:  # all but the routers, the head and the pairs scale with the active tokens
+        assert row["efficiency"] == pytest.approx(
+            row["speedup"] * row["flops_per_token"] / of["flops_per_token"])
+        assert row["mfu"] == pytest.approx(
+            row["tokens_per_s"] * row["flops_per_token"] / bench["matmul_flops_per_s"])
+        # all but the routers, the head and the pairs scale with the active tokens
+        if row["sparsity"] is not None:
             share = row["flops_per_token"] / of["flops_per_token"]
             assert (1 - row["sparsity"]) * 0.9 < share < 1 - row["sparsity"] + 0.25 + 0.01
     cached = [r["peak_bytes"] for r in bench["rows"] if r["mode"] == "decode" and r["batch"] == 3]
     assert cached[0] == cached[1] and cached[1:] == sorted(cached[1:], reverse=True)
-    assert sum(k["share"] for k in bench["kernels"]) <= 1 and "matrix products alone" in capsys.readouterr().out
+    assert sum(k["share"] for k in bench["kernels"]) <= 1
+    assert "matrix products alone" in capsys.readouterr().out
 
 
 def report_bench(parent, name, device):
     folder = parent / f"2026-11-22_21-00-00_{name}"
     folder.mkdir(parents=True)
-    row = dict(mode="train", variant="gated", sparsity=0.5, batch=4, seconds=0.123456, speedup=1.81, flops_speedup=1.98,
-               efficiency=0.92, mfu=0.59)
+    row = dict(mode="train", variant="gated", sparsity=0.5, batch=4, seconds=0.123456, speedup=1.81,
+               flops_speedup=1.98, efficiency=0.92, mfu=0.59)
     (folder / "bench.json").write_text(json.dumps(dict(
-        device=device, dtype="float32", config=dict(n_layers=12, dim=384, max_seq_len=512), matmul_flops_per_s=1.35e11,
-        rows=[dict(row, variant="dense", sparsity=None), row])))
+        device=device, dtype="float32", config=dict(n_layers=12, dim=384, max_seq_len=512),
+        matmul_flops_per_s=1.35e11, rows=[dict(row, variant="dense", sparsity=None), row])))
     return folder
 
 
@@ -2325,8 +2429,8 @@ def test_report_has_a_line_for_every_record_with_its_numbers(tmp_path, capsys):
     status, text = report_run(capsys, tmp_path, out=tmp_path)
     a, b = [line.split() for line in text.splitlines() if line.startswith("2026")]
     assert status == 0
-    assert a == ["2026-11-22_20-00-00_a", "proportional", "0.25", "8", "2.17M", "600", "1.23M", "1.8983", "0.390", "3.38M",
-                 "2.86M", "240", "5120", "AMD", "EPYC", "0123456", "finished"]
+    assert a == ["2026-11-22_20-00-00_a", "proportional", "0.25", "8", "2.17M", "600", "1.23M", "1.8983",
+                 "0.390", "3.38M", "2.86M", "240", "5120", "AMD", "EPYC", "0123456", "finished"]
     assert b[1:3] == ["dense", "4"] and b[-6:] == ["2", "x", "AMD", "EPYC", "0123456+", "finished"]
 
 
@@ -2369,7 +2473,8 @@ def test_report_leaves_a_readme_alone_whose_end_marker_is_missing(tmp_path, caps
 
 def test_report_draws_the_figure_and_names_the_runs_that_it_leaves_out(tmp_path, capsys):
     for i, L in enumerate((2, 4)):
-        report_record(tmp_path, f"dense{L}", i, control="dense", n_layers=L, summary=dict(sparsity=0.0, cross_entropy=3 - L / 4))
+        report_record(tmp_path, f"dense{L}", i, control="dense", n_layers=L,
+                      summary=dict(sparsity=0.0, cross_entropy=3 - L / 4))
     report_record(tmp_path, "none", 2, control="none")
     for i in range(3):
         report_record(tmp_path, f"steps{i}", 10 + i, num_steps=100 + i)
@@ -2392,7 +2497,8 @@ def test_report_draws_the_figure_and_names_the_runs_that_it_leaves_out(tmp_path,
 ])
 def test_report_names_a_damaged_or_unfinished_record_in_one_line(tmp_path, capsys, file, content, said):
     report_record(tmp_path, "whole")
-    folder = report_record(tmp_path, "other", 1) if file != "bench.json" else tmp_path / "2026-11-22_20-00-01_bench"
+    folder = report_record(tmp_path, "other",
+                           1) if file != "bench.json" else tmp_path / "2026-11-22_20-00-01_bench"
     folder.mkdir(exist_ok=True)
     if content is None:
         (folder / file).unlink()
@@ -2415,7 +2521,8 @@ def test_report_shows_milliseconds_of_a_gpus_benchmark_only(tmp_path, capsys):
     _, cpu = report_run(capsys, tmp_path / "cpu", out=tmp_path)
     _, gpu = report_run(capsys, tmp_path / "gpu", out=tmp_path)
     assert "123.46" not in cpu and "123.46" in gpu and "1.98" in cpu
-    assert "| train | gated | 0.50 | 4 | 123.46 | 1.81 | 1.98 | 0.92 | 0.59 |" in (tmp_path / "README.md").read_text()
+    table = (tmp_path / "README.md").read_text()
+    assert "| train | gated | 0.50 | 4 | 123.46 | 1.81 | 1.98 | 0.92 | 0.59 |" in table
 
 
 def report_sweep(tmp_path, *flags, layers="2 4", targets="0.0 0.5", status=0):
@@ -2426,7 +2533,8 @@ def report_sweep(tmp_path, *flags, layers="2 4", targets="0.0 0.5", status=0):
     stub.chmod(0o755)
     env = os.environ | dict(RUN=str(stub), PYTHON=sys.executable, LAYERS=layers, TARGETS=targets,
                             RECORDS_DIR=str(tmp_path / "records"))
-    done = subprocess.run(["bash", str(ROOT / "records" / "sweep.sh"), *flags], env=env, capture_output=True, text=True)
+    done = subprocess.run(["bash", str(ROOT / "records" / "sweep.sh"), *flags], env=env, capture_output=True,
+                          text=True)
     calls = tmp_path / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
     calls.unlink(missing_ok=True)
@@ -2439,8 +2547,10 @@ def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interru
     report_record(records, "sweep-2-dense", control="dense", coef_update=0.0, n_layers=2, **common)
     # by other flags
     report_record(records, "sweep-4-dense", control="dense", coef_update=0.0, n_layers=4, num_steps=200)
-    cut = report_record(records, "sweep-4-0.0", n_layers=4, mean_target_end=0.0, summary=dict(interrupted=True), **common)
-    calls, done = report_sweep(tmp_path, "--preset", "demo", "--num_steps", "100", "--lr=2e-3", "--device", "cpu")
+    cut = report_record(records, "sweep-4-0.0", n_layers=4, mean_target_end=0.0,
+                        summary=dict(interrupted=True), **common)
+    calls, done = report_sweep(tmp_path, "--preset", "demo", "--num_steps", "100", "--lr=2e-3", "--device",
+                               "cpu")
     given = "--preset demo --num_steps 100 --lr=2e-3 --device cpu "
     assert done.returncode == 0, done.stderr
     assert calls == [
@@ -2454,6 +2564,7 @@ def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interru
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_sweep_goes_on_after_a_run_that_fails_and_says_so_at_the_end(tmp_path):
-    calls, done = report_sweep(tmp_path, f"--records_dir={tmp_path / 'other'}", layers="2", targets="0.5", status=3)
+    calls, done = report_sweep(tmp_path, f"--records_dir={tmp_path / 'other'}", layers="2", targets="0.5",
+                               status=3)
     assert len(calls) == 3 and all(c.endswith(f"--records_dir {tmp_path / 'other'}") for c in calls)
     assert done.returncode == 1 and "failed: sweep-2-dense sweep-2-none sweep-2-0.5" in done.stderr

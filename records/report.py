@@ -22,9 +22,10 @@ BEGIN, END = "<!-- records/report.py: begin -->", "<!-- records/report.py: end -
 FOLDER, FILES = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_."), ("config.json", "summary.json", "bench.json")
 GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|Instinct")
 WITH_TARGET = ("sparsity_variance_l2", "adaptive", "proportional", "proportional_derivative")
-MARKERS = dict(none="D", sparsity="v", sparsity_variance="^", sparsity_variance_l2="P", adaptive="*", proportional="o",
-               proportional_derivative="h")
-TYPES = dict(control=str, train_files=str, val_files=str, mean_target_end=(int, float), batch_size=int, max_seq_len=int)
+MARKERS = dict(none="D", sparsity="v", sparsity_variance="^", sparsity_variance_l2="P", adaptive="*",
+               proportional="o", proportional_derivative="h")
+TYPES = dict(control=str, train_files=str, val_files=str, mean_target_end=(int, float), batch_size=int,
+             max_seq_len=int)
 MAX_ROWS = 3  # of the figure
 
 
@@ -54,8 +55,8 @@ def read_run(folder: Path) -> dict:
         if not (folder / name).exists() and not (folder / "summary.json").exists():
             return run | dict(state="unfinished: no config.json")
         cfg = read(folder / name)
-        keys = ("control", "n_layers", "mean_target_end", "train_files", "val_files", "val_tokens", "batch_size",
-                "max_seq_len", "num_steps", "dim", "vocab_size")
+        keys = ("control", "n_layers", "mean_target_end", "train_files", "val_files", "val_tokens",
+                "batch_size", "max_seq_len", "num_steps", "dim", "vocab_size")
         if wrong := [k for k in keys if not isinstance(cfg[k], TYPES.get(k, (int, float, type(None))))]:
             raise ValueError(f"{wrong[0]} is {cfg[wrong[0]]!r}")
         run |= {k: cfg[k] for k in keys}
@@ -73,7 +74,8 @@ def read_run(folder: Path) -> dict:
         if summary["interrupted"]:
             return run
         run |= dict(parameters=int(summary["parameters"]), loss=float(summary["cross_entropy"]),
-                    sparsity=float(summary["sparsity"]), estimated=float(summary["estimated_flops_per_token"]),
+                    sparsity=float(summary["sparsity"]),
+                    estimated=float(summary["estimated_flops_per_token"]),
                     realised=float(summary["realised_flops_per_token"]), rate=float(summary["tokens_per_s"]))
         return run | dict(state="finished")
     except KeyError as e:
@@ -100,12 +102,14 @@ RUN_COLUMNS = {  # heading: (key, format)
     "parameters": ("parameters", short), "steps": ("step", str), "train tokens": ("tokens", short),
     "val. loss (nats)": ("loss", "{:.4f}".format), "sparsity": ("sparsity", "{:.3f}".format),
     "FLOPs/token, estimated": ("estimated", short),
-    "realised": ("realised", short), "train s": ("train_s", "{:.0f}".format), "tokens/s": ("rate", "{:.0f}".format),
+    "realised": ("realised", short), "train s": ("train_s", "{:.0f}".format),
+    "tokens/s": ("rate", "{:.0f}".format),
     "hardware": ("hardware", str), "commit": ("commit", str), "state": ("state", str),
 }
 BENCH_COLUMNS = {
     "mode": ("mode", str), "variant": ("variant", str), "sparsity": ("sparsity", "{:.2f}".format),
-    "batch": ("batch", str), "ms": ("seconds", lambda s: f"{1e3 * s:.2f}"), "speed-up": ("speedup", "{:.2f}".format),
+    "batch": ("batch", str), "ms": ("seconds", lambda s: f"{1e3 * s:.2f}"),
+    "speed-up": ("speedup", "{:.2f}".format),
     "FLOPs speed-up": ("flops_speedup", "{:.2f}".format), "efficiency": ("efficiency", "{:.2f}".format),
     "MFU": ("mfu", "{:.2f}".format),
 }
@@ -113,7 +117,8 @@ BENCH_COLUMNS = {
 
 def cells(rows: list[dict], columns: dict) -> list[list[str]]:
     """Headings, then a line a row; what a row does not have is a dash."""
-    return [list(columns)] + [[form(row[key]) if row.get(key) is not None else "-" for key, form in columns.values()]
+    return [list(columns)] + [[form(row[key]) if row.get(key) is not None else "-"
+                               for key, form in columns.values()]
                               for row in rows]
 
 
@@ -139,7 +144,8 @@ def numeric(table: list[list[str]]) -> list[bool]:
 
 def aligned(table: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, numeric(table)))
+    return "\n".join("  ".join(c.rjust(w) if right else c.ljust(w)
+                               for c, w, right in zip(line, widths, numeric(table)))
                      .rstrip() for line in table)
 
 
@@ -168,8 +174,8 @@ def write_readme(path: Path, text: str):
 def group_key(run: dict) -> tuple:
     """What two runs must share for their losses to be compared."""
     data = [os.path.basename(run[k]) for k in ("train_files", "val_files")]
-    return (*data, run["val_tokens"], run["num_steps"], run["step"], run["batch_size"], run["max_seq_len"], run["dim"],
-            run["vocab_size"])
+    return (*data, run["val_tokens"], run["num_steps"], run["step"], run["batch_size"], run["max_seq_len"],
+            run["dim"], run["vocab_size"])
 
 
 def group_title(run: dict) -> str:
@@ -187,16 +193,19 @@ def draw_runs(ax, runs: list[dict], x: str, cmap):
     if depths:
         points = [[sum(v) / len(v) for v in zip(*depths[L])] for L in sorted(depths)]
         ax.plot(*zip(*points), ls="-" if x != "sparsity" else "none", color="0.6", lw=1, zorder=1)
-        ax.plot(*zip(*[p for ps in depths.values() for p in ps]), "s", color="0.25", ms=5, label="dense, blocks labelled")
+        ax.plot(*zip(*[p for ps in depths.values() for p in ps]), "s", color="0.25", ms=5,
+                label="dense, blocks labelled")
         for L, point in zip(sorted(depths), points):
-            ax.annotate(str(L), point, (6, 4) if x != "sparsity" else (-6, -3), textcoords="offset points", fontsize=8,
-                        color="0.25", ha="left" if x != "sparsity" else "right")
+            ax.annotate(str(L), point, (6, 4) if x != "sparsity" else (-6, -3), textcoords="offset points",
+                        fontsize=8, color="0.25", ha="left" if x != "sparsity" else "right")
     gated = [r for r in runs if r["control"] != "dense"]
-    for run in sorted(gated, key=lambda r: (r["control"] != "none", r["control"], r["mean_target_end"], r["n_layers"])):
+    for run in sorted(gated, key=lambda r: (r["control"] != "none", r["control"], r["mean_target_end"],
+                                            r["n_layers"])):
         color = cmap(0.05 + 0.87 * run["mean_target_end"]) if run["control"] in WITH_TARGET else "C3"
-        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, mec="white", mew=0.6, zorder=3,
-                ms=12 if run["control"] == "adaptive" else 7,
-                label=f"{run['n_layers']} blocks, " + ("no control" if run["control"] == "none" else control_of(run)))
+        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, mec="white", mew=0.6,
+                zorder=3, ms=12 if run["control"] == "adaptive" else 7,
+                label=f"{run['n_layers']} blocks, "
+                + ("no control" if run["control"] == "none" else control_of(run)))
 
 
 def figure(runs: list[dict], path: Path) -> list[str]:
@@ -204,8 +213,10 @@ def figure(runs: list[dict], path: Path) -> list[str]:
     out."""
     groups = {}
     for run in runs:
-        if all(math.isfinite(run[k]) for k in ("loss", "estimated", "sparsity")) and run["tokens"] and run["train_s"]:
-            groups.setdefault(group_key(run), []).append(run | dict(time=1e6 * run["train_s"] / run["tokens"]))
+        if all(math.isfinite(run[k])
+               for k in ("loss", "estimated", "sparsity")) and run["tokens"] and run["train_s"]:
+            groups.setdefault(group_key(run),
+                              []).append(run | dict(time=1e6 * run["train_s"] / run["tokens"]))
     if not groups:
         return ["no finished record to draw"]
     try:
@@ -242,14 +253,16 @@ def figure(runs: list[dict], path: Path) -> list[str]:
         row[0].xaxis.set_major_formatter(EngFormatter(sep=""))
         row[2].set_xlim(-0.05, max(0.5, 1.1 * max(r["sparsity"] for r in group)))
         entries = dict(zip(*reversed(row[0].get_legend_handles_labels())))
-        row[2].legend(entries.values(), entries, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        row[2].legend(entries.values(), entries, frameon=False, fontsize=8, loc="center left",
+                      bbox_to_anchor=(1, 0.5))
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return lines + [f"figure: {path}"]
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="records, or folders "
                                                               f"of records (default: {HERE})")
     parser.add_argument("--out", type=Path, default=HERE, help="where README.md and "
