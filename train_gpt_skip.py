@@ -11,11 +11,12 @@ float32, torch 2.13, 12 blocks, d 384). Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, hashlib, json, math, os, platform, re
-import shlex, signal, subprocess, sys, time, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
+import re, shlex, signal, subprocess, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import numpy as np
@@ -48,8 +49,8 @@ CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the 
 }
 
 
-def flag(default, text, *choices):
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices or None})
+def flag(default, text, *choices, allow="above 0"):
+    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices or None, allow=allow))
 
 
 @dataclass
@@ -67,53 +68,54 @@ class Config:
     use_scaled_rope: bool = flag(False, "Llama 3's scaling of the rotary frequencies")
     max_seq_len: int = flag(1024, "sequence length T, in tokens")
     initializer_range: float = flag(0.02, "standard deviation of the initial weights")
-    norm: str = flag("sandwich", "normalise a module's input and output, or only its input", "sandwich",
-                     "pre")
-    gate_attention: str = flag("keys", "ln g on keys (Eq. 3), or no gate in attention (as released)", "keys",
-                               "none")
-    compute: str = flag("packed", "skip for real, or compute every token and multiply by 0", "packed",
-                        "masked")
+    norm: str = flag("sandwich", "norm of a module's input and output, or only its input", "sandwich", "pre")
+    gate_attention: str = flag("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
+    compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
     control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
-    mean_target_start: float = flag(1.0, "target mean gate of the first block, 0 to 1")
-    mean_target_end: float = flag(0.5, "target mean gate of the middle blocks, 0 to 1")
-    mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)")
-    var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)")
-    coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)")
-    tolerance: float = flag(0.01, "tolerance delta: smaller deviations do not move a coefficient")
+    mean_target_start: float = flag(1.0, "target mean gate of the first block, 0 to 1",
+                                    allow="between 0 and 1")
+    mean_target_end: float = flag(0.5, "target mean gate of the middle blocks, 0 to 1",
+                                  allow="between 0 and 1")
+    mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)", allow="any")
+    var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
+    coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
+    tolerance: float = flag(0.01, "tolerance delta: smaller deviations do not move a coefficient",
+                            allow="at least 0")
     # data
     train_files: str = flag("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
     val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
     val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
-    encoding: str | None = flag(None, "tokeniser (default: from the shards' dataset.json or vocab_size)",
-                                "gpt2", "bytes")
+    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2",
+                                "bytes")
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
     # optimizer (AdamW) and schedule (linear warm-up, cosine decay)
     lr: float = flag(1e-3, "peak learning rate")
-    beta1: float = flag(0.8, "decay of AdamW's first moment")
-    beta2: float = flag(0.95, "decay of AdamW's second moment")
+    beta1: float = flag(0.8, "decay of AdamW's first moment", allow="between 0 and 1")
+    beta2: float = flag(0.95, "decay of AdamW's second moment", allow="between 0 and 1")
     eps: float = flag(1e-10, "AdamW epsilon")
-    weight_decay: float = flag(0.0, "AdamW weight decay")
+    weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
-    num_steps: int | None = flag(None, "optimizer steps (default: one pass over the training tokens)")
-    warmup_fraction: float = flag(0.1, "share of the steps that warms up")
-    start_factor: float = flag(0.1, "learning rate at step 0, in units of lr")
+    num_steps: int | None = flag(None, "optimizer steps (default: one pass over the training tokens)",
+                                 allow="at least 0")
+    warmup_fraction: float = flag(0.1, "share of the steps that warms up", allow="between 0 and 1")
+    start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
     config: str | None = flag(None, "start from the settings of a record's config.json (a file)")
     name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
-    seed: int = flag(0, "seed of the initial weights")
+    seed: int = flag(0, "seed of the initial weights", allow="at least 0")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
-    dtype: str | None = flag(None, "of matrix products (default: bfloat16 on cuda, float32 on cpu)",
-                             "bfloat16", "float32")
+    dtype: str | None = flag(None, "of products (default: bfloat16 on cuda only)", "bfloat16", "float32")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
     val_every: int = flag(100, "steps between validations")
     save_every: int = flag(1000, "steps between checkpoints")
     log_every: int = flag(1, "steps between lines of the log")
-    target_loss: float | None = flag(None, "stop when the validation loss (nats a token) reaches this")
+    target_loss: float | None = flag(None, "stop when the validation loss (nats a token) reaches this",
+                                     allow="any")
     records_dir: str = flag("records", "folder that holds the records")
     resume: str | None = flag(None, "a record's folder: go on from its last checkpoint")
     init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
@@ -143,8 +145,6 @@ class Config:
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
-        for name in ("mean_target_start", "mean_target_end", "warmup_fraction", "beta1", "beta2"):
-            yield 0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)} is not between 0 and 1"
         yield self.control not in ("dense", "none") or not (self.mean_coef_init or self.var_coef_init), (
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
         yield CONTROLS[self.control][2] or not self.coef_update, (
@@ -178,10 +178,6 @@ class Config:
 
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
-MAY_BE_ZERO = {"seed", "weight_decay", "warmup_fraction", "start_factor", "mean_target_start",
-               "mean_target_end", "mean_coef_init", "var_coef_init", "coef_update", "tolerance", "beta1",
-               "beta2", "num_steps"}
-MAY_BE_NEGATIVE = {"mean_coef_init", "var_coef_init", "target_loss"}
 
 PRESETS = {
     "gated": dict(),
@@ -205,10 +201,12 @@ def check_field(f, value):
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"--{f.name} {value!r} is not one of {', '.join(f.metadata['choices'])}")
     if kind in ("int", "float"):
-        low = not math.isfinite(value) or (value < 0 and f.name not in MAY_BE_NEGATIVE)
-        if low or (value == 0 and f.name not in MAY_BE_ZERO | MAY_BE_NEGATIVE):
-            raise UserError(f"--{f.name} {value} is out of range: it must be a finite number "
-                            f"{'of at least' if f.name in MAY_BE_ZERO else 'above'} 0")
+        allow = f.metadata["allow"]
+        fits = {"above 0": value > 0, "at least 0": value >= 0, "between 0 and 1": 0 <= value <= 1,
+                "any": True}
+        if not (fits[allow] and math.isfinite(value)):
+            raise UserError(f"--{f.name} {value} is out of range: it must be a finite number"
+                            + f", {allow}" * (allow != "any"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -225,8 +223,7 @@ class Runtime:
             raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
                             f"{local} has none; use --device cpu or fewer processes (NPROC)")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        self.dtype = torch.bfloat16 if (cfg.dtype or ("bfloat16" if cuda else "float32")) == "bfloat16" \
-            else torch.float32
+        self.dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
         self.compile = cuda if cfg.compile is None else cfg.compile
         if cuda:
             torch.cuda.set_device(self.device)
@@ -627,9 +624,9 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
             return h
         S = S + self.masks[l](h)
         g = gate(S)
-        keep = self.active(g, layout)
-        if keep is None:
-            x = h
+        keep = None if self.cfg.compute == "masked" else g.nonzero()[:, 0]  # a level's one wait for the host
+        if keep is None or len(keep) == layout.n:
+            x, keep = h, None
         else:
             seq, pos, row = layout.seq[keep], layout.pos[keep], layout.row[keep]
             layout = make_layout(seq, pos, row, len(layout.counts), (self.cos, self.sin))
@@ -644,13 +641,6 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         x = self.span(x, S, layout, l + 1, depth, stats, cache)
         x = self.block(self.cfg.n_layers - 1 - l, x, g, layout, cache)
         return x if keep is None else h.index_copy(0, keep, x[:layout.n])
-
-    def active(self, g: Tensor, layout: Layout) -> Tensor | None:
-        """Indices of the rows whose gate is open; None for all. The one wait for the host of a level."""
-        if self.cfg.compute == "masked":
-            return None
-        keep = g.nonzero().squeeze(1)
-        return None if len(keep) == layout.n else keep
 
     def _save_pretrained(self, save_directory: Path):
         settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, "control"]}
@@ -749,8 +739,8 @@ def mirrored(x) -> list[float]:
 def gate_report(stats: Tensor, n: int) -> dict:
     """What the records say of the gates: mean, variance, and share that is exactly 0, each of L layers."""
     mean, var = moments(stats, n)
-    zero = 1 - stats[:, 2] / n
-    return {"gate_mean": mirrored(mean), "gate_var": mirrored(var), "gate_zero": mirrored(zero)}
+    return {"gate_mean": mirrored(mean), "gate_var": mirrored(var),
+            "gate_zero": mirrored(1 - stats[:, 2] / n)}
 
 
 class GateControl:
@@ -788,9 +778,8 @@ class GateControl:
         return {"coef": self.coef, "average": self.average}
 
     def load_state_dict(self, state):
-        self.coef, self.average = state["coef"].to(self.coef), state["average"]
-        if self.average is not None:
-            self.average = self.average.to(self.coef)
+        self.coef, average = state["coef"].to(self.coef), state["average"]
+        self.average = average if average is None else average.to(self.coef)
 
 
 def failure_signature(cfg: Config, step: int, ce: float, history: list[dict]) -> str | None:
@@ -825,17 +814,13 @@ def estimated_flops(cfg: Config, sparsity: float = 0.0) -> float:
     return 2 * norm + routers + (1 - sparsity) * cfg.n_layers * block + 2 * T * d * cfg.vocab_size
 
 
-def block_weights(cfg: Config) -> int:
-    """Weights that a token multiplies in one block."""
-    return 2 * cfg.dim * cfg.dim + 2 * cfg.dim * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.dim * cfg.hidden_dim
-
-
 def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> float:
     """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head
     ran on `heads` of them (default: all)."""
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
     rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
-    blocks = 2 * (2 * rows * block_weights(cfg) + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
+    weights = cfg.dim * (2 * cfg.dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.hidden_dim)  # of a block
+    blocks = 2 * (2 * rows * weights + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
     routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.gated else 0.0
     return float(blocks + routers + 2 * (n if heads is None else heads) * cfg.dim * cfg.vocab_size)
 
@@ -872,7 +857,7 @@ class Shards:
     the script's folder."""
 
     def __init__(self, pattern: str, limit: int | None, vocab_size: int, name: str):
-        paths = find_files(pattern)
+        paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
         if not paths:
             raise UserError(f"--{name} {pattern} matches no file; {SHARD_HINT}")
         self.paths, self.tokens, self.vocab_size = [], [], vocab_size
@@ -915,12 +900,6 @@ class Shards:
         if not all("bytes" in s for s in said):
             return None
         return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
-
-
-def find_files(pattern: str) -> list[Path]:
-    import glob
-    paths = glob.glob(pattern) or glob.glob(str(ROOT / pattern))
-    return sorted(map(Path, paths), key=lambda p: p.name)
 
 
 class TrainLoader:
@@ -1075,7 +1054,7 @@ def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str)
     """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
     given the context is largest, a token (acc_norm) or in all (acc)."""
     encoding, T = get_encoding(encoding_name(model.cfg)), model.cfg.max_seq_len
-    right = right_sum = n = 0
+    right = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             item = json.loads(line)
@@ -1086,12 +1065,12 @@ def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str)
         start = [encoding.eot_token] + encoding.encode_ordinary(context)
         losses, _ = token_losses(model, rt, [(start + e)[-T - 1:] for e in ends])
         scores = [x[-len(e):] for x, e in zip(losses, ends)]
-        right += min(range(len(ends)), key=lambda i: scores[i].mean().item()) == label
-        right_sum += min(range(len(ends)), key=lambda i: scores[i].sum().item()) == label
-        n += 1
-    if not n:
+        right.append([torch.stack([f(x) for x in scores]).argmin().item() == label
+                      for f in (torch.mean, torch.sum)])
+    if not right:
         raise UserError(f"--hellaswag {path} holds no question")
-    return f"hellaswag: acc_norm {right / n:.4f}, acc {right_sum / n:.4f}, {n} questions"
+    acc_norm, acc = np.mean(right, 0)
+    return f"hellaswag: acc_norm {acc_norm:.4f}, acc {acc:.4f}, {len(right)} questions"
 
 
 class DepthTable:
@@ -1101,14 +1080,14 @@ class DepthTable:
     WORD, DOCUMENT = 8, 12  # later positions in a word count as the last; in a document, powers of two
 
     def __init__(self, cfg: Config, rt: Runtime):
-        self.rt, self.end = rt, 256 if encoding_name(cfg) == "bytes" else 50256
-        text = token_texts(cfg)
-        self.names = [repr(t) for t in text]
+        self.rt, self.end, text = rt, 256 if encoding_name(cfg) == "bytes" else 50256, token_texts(cfg)
         self.ends_word = torch.tensor([t[-1:].isspace() or i == self.end for i, t in enumerate(text)])
         self.begins_word = torch.tensor([t[:1].isspace() or i == self.end for i, t in enumerate(text)])
-        self.sums = {name: torch.zeros(2, n, dtype=torch.float64) for name, n in (
-            ("token", cfg.vocab_size), ("position in the word", self.WORD),
-            ("position in the document", self.DOCUMENT))}
+        self.names = {
+            "token": [repr(t) for t in text],
+            "position in the word": [*map(str, range(self.WORD - 1)), "later"],
+            "position in the document": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.DOCUMENT)]}
+        self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
 
     def add(self, inputs: Tensor, depth: Tensor):
         inputs, depth = inputs.cpu(), depth.cpu()
@@ -1122,12 +1101,10 @@ class DepthTable:
 
     def tables(self, at_least: int = 20) -> dict[str, list[tuple[str, float, int]]]:
         """(what, mean depth, occurrences), by title; tokens that are rarer than at_least are left out."""
-        for sums in self.sums.values():
-            self.rt.sum(sums)
-        named = {"token": self.names, "position in the word": [*map(str, range(self.WORD - 1)), "later"],
-                 "position in the document": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.DOCUMENT)]}
-        rows = {title: [(name, d / n, int(n)) for name, d, n in zip(named[title], *sums.tolist()) if n]
-                for title, sums in self.sums.items()}
+        rows = {}
+        for title, sums in self.sums.items():
+            totals = zip(self.names[title], *self.rt.sum(sums).tolist())
+            rows[title] = [(name, d / n, int(n)) for name, d, n in totals if n]
         rows["token"] = sorted((r for r in rows["token"] if r[2] >= at_least), key=lambda r: r[1])
         return rows
 
@@ -1194,14 +1171,12 @@ class LayerCache:
 
     def reserve(self, columns: int, like: Tensor):
         """Room for that many columns; empty ones have a logit that gives them no weight."""
-        rows, have = len(self.counts), -1 if self.k is None else self.k.shape[2]
-        if columns <= have:
-            return
-        more = columns - max(have, 0) + 64
-        new = like.new_zeros(rows, like.shape[1], more, like.shape[2])
-        none = torch.full((rows, more), REMOVED, device=like.device)
-        self.k, self.v = (new.clone() if t is None else torch.cat((t, new), 2) for t in (self.k, self.v))
-        self.ln_g = none if self.ln_g is None else torch.cat((self.ln_g, none), 1)
+        if self.k is None:
+            self.k = self.v = like.new_zeros(len(self.counts), like.shape[1], 0, like.shape[2])
+            self.ln_g = torch.zeros(len(self.counts), 0, device=like.device)
+        if (more := columns - self.k.shape[2]) > 0:
+            self.k, self.v = (F.pad(t, (0, 0, 0, more + 64)) for t in (self.k, self.v))
+            self.ln_g = F.pad(self.ln_g, (0, more + 64), value=REMOVED)
 
     def bytes(self) -> int:
         """Of the tokens held: keys, values, and ln g in float32."""
@@ -1275,8 +1250,7 @@ def generate(model: MiddleSkippingTransformer, prompts: list[list[int]], max_new
         for (b, row), d in zip(new.items(), depth.split([len(row) for row in new.values()])):
             out[b] += [Token(t, n, p_of.get(b)) for t, n in zip(row, d.tolist())]
         picked = choose(logits, temperature, top_k, top_p, generator)
-        p = logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()
-        p_of = dict(zip(new, p))
+        p_of = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))
         new = {b: [t] for b, t in zip(new, picked.tolist())
                if len(out[b]) < limit[b] and not (out[b][-1].id == stop and out[b][-1].p is not None)}
         if not new:
@@ -1318,24 +1292,18 @@ def pieces(tokens: list[Token], encoding) -> list[tuple[str, Token]]:
     return out + ([(pending.decode(errors="replace"), tokens[-1])] if pending else [])
 
 
-def shade(fraction: float) -> tuple[int, int, int]:
-    """Colour of a share of the blocks, from pale yellow (none) over green to deep blue (all)."""
+def shade(fraction: float) -> tuple[tuple[int, ...], bool]:
+    """Colour of a share of the blocks, pale yellow (none) over green to deep blue (all); is it dark?"""
     stops = [(253, 231, 140), (122, 205, 140), (38, 145, 160), (50, 80, 160), (48, 22, 100)]
-    at = min(fraction, 0.9999) * (len(stops) - 1)
-    low, rest = int(at), at - int(at)
-    return tuple(round(a + (b - a) * rest) for a, b in zip(stops[low], stops[low + 1]))
-
-
-def ink(fraction: float) -> str:
-    return "#fff" if fraction > 0.45 else "#222"
+    return tuple(round(np.interp(4 * fraction, range(5), c)) for c in zip(*stops)), fraction > 0.45
 
 
 def terminal_text(text: list[tuple[str, Token]], n_layers: int) -> str:
     out = []
     for piece, token in text:
-        f = token.depth / n_layers
-        color = f"\x1b[48;2;{';'.join(map(str, shade(f)))};38;5;{231 if f > 0.45 else 16}m"
-        out.append("\x1b[0m\n".join(color + line if line else "" for line in piece.split("\n")))
+        color, dark = shade(token.depth / n_layers)
+        start = f"\x1b[48;2;{';'.join(map(str, color))};38;5;{231 if dark else 16}m"
+        out.append("\x1b[0m\n".join(start + line if line else "" for line in piece.split("\n")))
     return "".join(out) + "\x1b[0m"
 
 
@@ -1369,18 +1337,15 @@ def html_page(samples: list[tuple[list[tuple[str, Token]], int]], n_layers: int,
     """A self-contained page: each sample's text shaded by depth; samples are (pieces, prompt tokens)."""
     from html import escape
 
-    def span(piece, token, prompt):
-        f, p = token.depth / n_layers, "" if token.p is None else f", p = {token.p:.3f}"
+    def span(piece, token, prompt=False):
+        color, dark = shade(token.depth / n_layers)
+        p = "" if token.p is None else f", p = {token.p:.3f}"
         label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
-        return (f'<span{" class=prompt" if prompt else ""} style="background:rgb{shade(f)};color:{ink(f)}" '
-                f'title="{label}">{escape(piece)}</span>')
+        return (f'<span{" class=prompt" * prompt} style="background:rgb{color};'
+                f'color:{"#fff" if dark else "#222"}" title="{label}">{escape(piece)}</span>')
 
-    legend = "".join(f'<span style="background:rgb{shade(d / n_layers)};color:{ink(d / n_layers)}">{d}</span>'
-                     for d in range(0, n_layers + 1, 2))
-    body = []
-    for text, prompt_tokens in samples:
-        spans = [span(piece, token, i < prompt_tokens) for i, (piece, token) in enumerate(text)]
-        body.append(f"<pre>{''.join(spans)}</pre>")
+    legend = "".join(span(str(d), Token(0, d, None)) for d in range(0, n_layers + 1, 2))
+    body = [f"<pre>{''.join(span(*t, i < n) for i, t in enumerate(text))}</pre>" for text, n in samples]
     return PAGE.format(title=escape(title), legend=legend, n_layers=n_layers, samples="\n".join(body))
 
 
@@ -1391,11 +1356,9 @@ class Record:
     """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
 
     def __init__(self, cfg: Config, rt: Runtime, folder: Path | None = None):
-        self.cfg, self.rt, self.bar = cfg, rt, None
-        self.folder = folder
-        if rt.main and folder is None:
-            self.folder = make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
+        self.cfg, self.rt, self.folder, self.bar = cfg, rt, folder, None
         if rt.main:
+            self.folder = folder or make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
             names = "metrics.jsonl", "log.txt"
             self.metrics, self.text = (open(self.folder / name, "ab", buffering=0) for name in names)
 
@@ -1516,19 +1479,15 @@ def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
 
 
 def processor_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in open("/proc/cpuinfo"):
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
+    with contextlib.suppress(OSError, TypeError):  # no such file, or no such line in it
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
     return platform.processor() or platform.machine()
 
 
 def relative(value):
     """A path as the records show it: relative to the project where it lies inside it."""
-    if isinstance(value, str) and os.path.isabs(value):
-        with contextlib.suppress(ValueError):
-            return str(Path(value).relative_to(ROOT))
-    return value
+    inside = isinstance(value, str) and Path(value).is_relative_to(ROOT)
+    return str(Path(value).relative_to(ROOT)) if inside else value
 
 
 def bars(values: list[float], width: int = 24) -> list[str]:
@@ -1573,12 +1532,6 @@ def plot(events: list[dict], cfg: Config, path: Path):
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: ours to go on from, and weights from ours, the authors' or a hub's folder.
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2):
-    write_atomically(folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-    for path in checkpoints(folder)[:-keep]:
-        path.unlink()
-
-
 def checkpoints(folder: Path, pattern: str = "checkpoint_*.pt") -> list[Path]:
     """Oldest first."""
     steps = {path: re.search(r"(\d+)\.pt$", path.name) for path in folder.glob(pattern)}
@@ -1586,21 +1539,18 @@ def checkpoints(folder: Path, pattern: str = "checkpoint_*.pt") -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The content of a .pt file. Only tensors and plain values: a pickle that would run code is refused."""
+    """What a .pt or .safetensors file holds, tensors and plain values: a pickle that runs code is refused."""
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
         with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()
-        if damaged is None:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if isinstance(state, dict):
-                return state
-            raise UserError(f"checkpoint {path} holds {type(state).__name__}, not a dictionary of tensors")
-        reason = f"{damaged} fails its checksum"
-    except UserError:
-        raise
+            if damaged := z.testzip():
+                raise ValueError(f"{damaged} fails its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch.load raises many kinds
         reason = str(e).strip().split("\n")[0][:160]
-    raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}); use an earlier one")
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}); use an earlier one")
 
 
 def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
@@ -1614,31 +1564,19 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").exists():
         raise UserError(f"checkpoint {source} has no config.json beside it, which says the model's sizes")
-    settings = read_json(folder / "config.json")
-    settings = settings.get("model", settings)
     if path.is_dir():
-        found = (checkpoints(path, "state_step*.pt") or checkpoints(path)
-                 or sorted(path.glob("model.safetensors")))
+        found = [*path.glob("model.safetensors"), *checkpoints(path), *checkpoints(path, "state_step*.pt")]
         if not found:
             raise UserError(f"checkpoint {source} has no checkpoint_*.pt, state_step*.pt or "
                             "model.safetensors")
         path = found[-1]
-    state = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    state = state.get("model", state)
-    dictionaries = isinstance(settings, dict) and isinstance(state, dict)
-    if not dictionaries or not all(isinstance(k, str) for k in state):
+    settings, state = (x.get("model", x) if isinstance(x, dict) else x
+                       for x in (read_json(folder / "config.json"), read_checkpoint(path)))
+    named = isinstance(settings, dict) and isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not named:
         raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it "
                         "one of a model?")
     return settings, {k.removeprefix("model."): v for k, v in state.items()}
-
-
-def read_safetensors(path: Path) -> dict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"checkpoint {path} is damaged or not a safetensors file ({e}); use another one")
 
 
 def fetch_repo(repo: str, revision: str | None) -> Path:
@@ -1741,17 +1679,14 @@ class Trainer:
         self.compile_s = self.warm_up() if rt.compile else 0.0
         self.graphs = graphs_compiled()
         if rt.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True)
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def warm_up(self) -> float:
         """Compile before the clock starts: a training micro-batch and a validation one. Seconds."""
-        start, (x, y) = time.perf_counter(), (t.to(self.rt.device) for t in self.loader.pending.result())
-        with self.rt.autocast():
-            ce, stats, _ = self.model(x, y)
-            with torch.no_grad():
-                self.model(x, y)
-        (ce + self.control.loss(moments(stats, x.numel()))).backward()
+        start, batch = time.perf_counter(), [t.to(self.rt.device) for t in self.loader.pending.result()]
+        self.micro_step(*batch)
+        with self.rt.autocast(), torch.no_grad():
+            self.model(*batch)
         self.model.zero_grad(set_to_none=True)
         self.rt.synchronize()
         return time.perf_counter() - start
@@ -1808,26 +1743,24 @@ class Trainer:
             what = "gradient" if rank is None else f"loss on rank {rank}"
             shard = self.shards["train"].paths[place[0]].name
             raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); "
-                             "the weights are as before this step; try a lower --lr, --max_grad_norm 1 or "
-                             "--norm sandwich")
+                             "the weights are as before this step")
 
     def validate(self, step: int) -> dict:
         event = evaluate(self.model, self.cfg, self.rt, self.shards["val"])
         if not math.isfinite(event["cross_entropy"]):
-            raise Divergence(f"the validation loss is not finite at step {step}; try a lower --lr, "
-                             "--max_grad_norm 1 or --norm sandwich")
+            raise Divergence(f"the validation loss is not finite at step {step}")
         return {"step": step, **event}
 
-    def state(self, step: int, record: Record) -> dict:
-        return {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
-                "record_bytes": (record.folder / "metrics.jsonl").stat().st_size,
-                "rng": torch.get_rng_state()}
-
-    def save(self, step: int, record: Record):
-        if self.rt.main:
-            os.fsync(record.metrics.fileno())
-            save_checkpoint(record.folder, step, self.state(step, record))
+    def save(self, step: int, record: Record, keep: int = 2):
+        if not self.rt.main:
+            return
+        os.fsync(record.metrics.fileno())
+        state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
+                 "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
+        write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
+        for path in checkpoints(record.folder)[:-keep]:
+            path.unlink()
 
     def restore(self, state: dict, source: Path):
         try:
@@ -1930,10 +1863,6 @@ def train(cfg: Config, weights: dict | None) -> int:
     return finish(trainer, record, step, history)
 
 
-def mean(values) -> float:
-    return sum(values) / len(values)
-
-
 def step_line(event: dict, cfg: Config) -> str:
     zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
     return (f"step {event['step']:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
@@ -2013,9 +1942,13 @@ def finish_interrupted(trainer: Trainer, record: Record, step: int) -> int:
     return 0
 
 
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets, dense bfloat16
+
+
 def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, steps: list[dict]) -> dict:
     cfg, rt, last = trainer.cfg, trainer.rt, history[-1]
-    peak = peak_flops(rt)
+    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
     estimated = estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len
     train_flops = 3 * mean([realised_of_event(cfg, e) for e in steps]) if steps else 0.0
     rate = step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0
@@ -2042,13 +1975,6 @@ def realised_of_event(cfg: Config, event: dict) -> float:
     T = cfg.max_seq_len
     rows, pairs = open_share * T, open_share * T * (open_share * T + 1) / 2
     return realised_flops(cfg, torch.stack((rows, rows, rows, pairs), 1), T) / T
-
-
-def peak_flops(rt: Runtime) -> float | None:
-    """Data-sheet dense bfloat16 FLOP/s of a device, where it is known."""
-    known = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
-    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
-    return next((v for k, v in known.items() if k in name), None)
 
 
 def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
@@ -2078,8 +2004,7 @@ def closing_lines(record: Record, s: dict, first: float, cfg: Config):
         full = realised_flops(cfg.dense(), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
         record.say(f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped "
                    "each block, in validation")
-        for line in bars(s["gate_zero"]):
-            record.say(line)
+        record.say("\n".join(bars(s["gate_zero"])))
         record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g} realised, {full:.3g} dense "
                    f"({s['realised_flops_per_token'] / full:.2f} of it)")
         record.say(f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of "
@@ -2109,20 +2034,13 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
     if command != "train":
         parser.add_argument("--checkpoint", required=True,
                             help="record, checkpoint file or folder, or hub repo")
-    for name, (kind, text) in OPTIONS.get(command, {}).items():
-        if kind is False:
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-        elif kind == []:
-            parser.add_argument(f"--{name}", nargs="+", default=[], help=text)
-        else:
-            default = None if isinstance(kind, type) else kind
-            parser.add_argument(f"--{name}", type=kind if default is None else type(kind), default=default,
-                                help=text)
-    args = add_config_flags(parser).parse_args(argv)
-    return command, args, explicit_settings(args)
+    for name, option in OPTIONS.get(command, {}).items():
+        parser.add_argument(f"--{name}", **option)
+    return command, *parse_settings(parser, argv)
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespace, dict]:
+    """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
     for f in dataclasses.fields(Config):
         kind = f.type.split(" | ")[0]
         common = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})")
@@ -2131,12 +2049,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         else:
             parser.add_argument(f"--{f.name}", type={"int": int, "float": float, "str": str}[kind],
                                 choices=f.metadata["choices"], **common)
-    return parser
-
-
-def explicit_settings(args: argparse.Namespace) -> dict:
-    names = {f.name for f in dataclasses.fields(Config)}
-    return {k: v for k, v in vars(args).items() if k in names}
+    args = parser.parse_args(argv)
+    return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2150,23 +2064,24 @@ COMMANDS = {
     "sample": "Continue a prompt, and show how deep each token went.",
     "export": "Write a checkpoint as a hub folder or in the authors' layout.",
 }
-OPTIONS = {  # flags of a command beside Config's: name: (type or default, help)
+OPTIONS = {  # flags of a command beside Config's
     "eval": {
-        "depth": (str, "write the depth of tokens, by token and by position, to this JSON file"),
-        "text": ([], "score these text files instead: loss, bits a byte, sparsity"),
-        "hellaswag": (str, "score a file like hellaswag_val.jsonl instead")},
+        "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
+        "text": dict(nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
+        "hellaswag": dict(help="score a file like hellaswag_val.jsonl instead")},
     "export": {
-        "to": ("hub", "layout: hub (model.safetensors, config.json) or released (the authors')"),
-        "out": (str, "new folder to write")},
+        "to": dict(default="hub", choices=("hub", "released"),
+                   help="layout: model.safetensors and config.json, or the authors'"),
+        "out": dict(required=True, help="new folder to write")},
     "sample": {
-        "prompt": (str, "text to continue (default: the start of a document)"),
-        "max_new_tokens": (200, "tokens to add to each sample"),
-        "num_samples": (1, "samples, decoded together"),
-        "temperature": (0.8, "0 takes the likeliest token"), 
-        "top_k": (int, "draw from the k likeliest tokens"),
-        "top_p": (1.0, "draw from the likeliest tokens that reach this probability together"),
-        "show_depth": (False, "shade each token by the number of blocks it ran"),
-        "html": (str, "write the shaded text as a page to this file")},
+        "prompt": dict(default="", help="text to continue; without it, the start of a document"),
+        "max_new_tokens": dict(type=int, default=200, help="tokens to add to each sample"),
+        "num_samples": dict(type=int, default=1, help="samples, decoded together"),
+        "temperature": dict(type=float, default=0.8, help="0 takes the likeliest token"),
+        "top_k": dict(type=int, help="draw from the k likeliest tokens"),
+        "top_p": dict(type=float, default=1.0, help="draw from the likeliest that reach this together"),
+        "show_depth": dict(action="store_true", help="shade each token by the number of blocks it ran"),
+        "html": dict(help="write the shaded text as a page to this file")},
 }
 
 
@@ -2255,8 +2170,6 @@ def new_file(path: str, name: str, text: str):
 
 
 def run_export(cfg: Config, weights: dict, args) -> int:
-    if not args.out or args.to not in ("hub", "released"):
-        raise UserError("export needs --out FOLDER, and --to hub or released")
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True)
@@ -2276,7 +2189,7 @@ def run_sample(cfg: Config, weights: dict, args) -> int:
     if args.max_new_tokens < 0 or args.num_samples < 1:
         raise UserError("sampling needs --max_new_tokens of at least 0 and --num_samples of at least 1")
     rt, encoding = Runtime(cfg), get_encoding(encoding_name(cfg))
-    prompt = [encoding.eot_token] + encoding.encode_ordinary(args.prompt or "")
+    prompt = [encoding.eot_token] + encoding.encode_ordinary(args.prompt)
     if len(prompt) >= cfg.max_seq_len:
         raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")
     if max(prompt) >= cfg.vocab_size:
@@ -2326,7 +2239,7 @@ def main(argv: list[str] | None = None) -> int:
         report("error", e, isinstance(e, (RankError, OSError)))
         return 2
     except Divergence as e:
-        report("stopped", e)
+        report("stopped", f"{e}; try a lower --lr, --max_grad_norm 1 or --norm sandwich")
         return 3
     except KeyboardInterrupt:
         report("stopped", "interrupted before the first step")

@@ -439,8 +439,7 @@ def main(argv=None):
     parser.add_argument("--decode_batches", type=int, nargs="+", default=None,
                         help="(default: 1 128, on a GPU 1 64)")
     try:
-        args = tgs.add_config_flags(parser).parse_args(argv)
-        explicit = tgs.explicit_settings(args)
+        args, explicit = tgs.parse_settings(parser, argv)
         cuda = torch.cuda.is_available() and explicit.get("device") != "cpu"
         size = dict(batch_size=32) if cuda else CPU_SIZE
         size["batch_size"] = explicit.get("device_batch_size", size["batch_size"])
