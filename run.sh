@@ -51,6 +51,7 @@ elif [ "$chosen" = no ]; then
     set -- --preset demo "$@"
 fi
 case " $* " in *"--preset demo "*|*"--preset=demo "*)
+    NPROC=${NPROC:-1}  # its batch is for one device
     [ -e data/demo/dataset.json ] ||
         "$python" data/tokenize_text.py --stdlib --encoding bytes --name demo --out data/demo ;;
 esac

@@ -331,7 +331,7 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
         layout = tgs.make_layout(seq, torch.zeros_like(seq), torch.arange(n), 1 + len(lengths),
                                  (torch.ones(1, 8),) * 2)
         rows = tgs.attend_rows(q, k, v, ln_g, layout)
-        flex = tgs.attend_flex(q, k, v, ln_g, layout._replace(mask=tgs.block_mask(seq)))
+        flex = tgs.attend_flex(q, k, v, ln_g, layout._replace(mask=lambda: tgs.block_mask(seq)))
     seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any()
                                                        for i in range(n)])
     torch.testing.assert_close(rows[seen], flex[seen], rtol=1e-4, atol=1e-5)
@@ -559,6 +559,12 @@ def test_a_sample_ends_at_the_end_of_document_or_the_models_length():
     assert len(row) == 16
     stop = row[4].id
     assert [t.id for t in tgs.generate(model, [[1, 2]], 99, temperature=0, stop=stop)[0][0]][-1] == stop
+
+
+def test_a_padded_vocabularys_further_tokens_are_never_drawn():
+    model, cfg = random_model(15, max_seq_len=64)
+    drawn = tgs.generate(model, [[1, 2]] * 4, 60, temperature=9.0, n_vocab=5)[0]
+    assert {t.id for row in drawn for t in row} == {0, 1, 2, 3, 4}
 
 
 def test_top_k_and_top_p_draw_from_the_likeliest_tokens():
@@ -881,6 +887,20 @@ def test_a_target_loss_stops_the_run_and_the_summary_says_when(tmp_path, corpus)
     assert summary["target_reached"] and summary["step"] == 0
 
 
+def test_what_stops_at_a_target_loss_is_saved_as_it_is_then_and_resumes_there(tmp_path, corpus, no_plot):
+    argv = flags(corpus, tmp_path, num_steps=20, val_every=1, save_every=100, lr=0.01)
+    assert tgs.main(argv) == 0
+    record = only_record(tmp_path)
+    losses = [e["cross_entropy"] for e in events(record, "val")]
+    at = next(i for i in range(2, 20) if losses[i] < min(losses[:i]))
+    target = (losses[at] + min(losses[:at])) / 2
+    assert tgs.main(argv + ["--records_dir", str(tmp_path / "b"), "--target_loss", str(target)]) == 0
+    stopped = only_record(tmp_path / "b")
+    assert tgs.checkpoints(stopped)[-1].name == f"checkpoint_{at}.pt"
+    before = timeless(stopped)
+    assert tgs.main(["--resume", str(stopped)]) == 0 and timeless(stopped) == before
+
+
 def test_training_learns_and_reaches_the_targets_of_the_gates(tmp_path, corpus):
     """A language of period 11: the loss falls below half, and the middle gates come near their target."""
     kw = dict(num_steps=150, dim=32, lr=1e-2, coef_update=0.1, mean_target_end=0.4, val_every=150,
@@ -981,8 +1001,25 @@ def test_texts_and_hellaswag_are_scored_by_log_probability(tmp_path, capsys):
     scores = [nll([256, *b"a b", *(" " + e).encode()])[-1 - len(e):].mean().item()
               for e in question["endings"]]
     assert f"acc_norm {float(scores.index(min(scores)) == 2):.4f}" in out and "3 questions" in out
-    (tmp_path / "h.jsonl").write_text("{}\n")
-    assert tgs.main(args) == 2 and "line 1" in capsys.readouterr().err
+    for bad in ("{}", json.dumps(question | {"endings": []})):
+        (tmp_path / "h.jsonl").write_text(bad + "\n")
+        assert tgs.main(args) == 2 and "line 1" in capsys.readouterr().err
+    random_model(17, vocab_size=99)[0].save_pretrained(tmp_path / "n")
+    assert tgs.main(["eval", "--checkpoint", str(tmp_path / "n"), "--encoding", "bytes", "--text",
+                     str(tmp_path / "a.txt")]) == 2 and "is not the model's" in capsys.readouterr().err
+
+
+def test_a_record_of_any_batch_size_is_evaluated_and_a_dense_one_trained_on_under_a_preset(tmp_path, corpus):
+    argv = flags(corpus, tmp_path / "a", control="dense", num_steps=1, batch_size=6, device_batch_size=6)
+    assert tgs.main(argv) == 0
+    record = only_record(tmp_path / "a")
+    assert tgs.main(["eval", "--checkpoint", str(record)]) == 0
+    assert tgs.main(["eval", "--checkpoint", str(record), "--device_batch_size", "5"]) == 0
+    argv = flags(corpus, tmp_path / "b", preset="demo", init_from=record, num_steps=1)
+    sizes = [f"--{k}" for k in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")]
+    argv = [x for k, v in zip(argv[::2], argv[1::2]) if k not in sizes for x in (k, v)]
+    assert tgs.main(argv) == 0
+    assert json.loads((only_record(tmp_path / "b") / "config.json").read_text())["control"] == "dense"
 
 
 def test_importing_the_script_does_no_work():

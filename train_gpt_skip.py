@@ -12,7 +12,8 @@ float32, torch 2.13, 12 blocks, d 384). Three commands:
 from __future__ import annotations
 
 import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
-import re, shlex, signal, subprocess, sys, time, zipfile
+import re, shlex, signal, subprocess, sys, time, warnings, zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,7 @@ class Config:
                                    coef_update=None)
 
 
+OF_CONTROL = {"mean_coef_init", "var_coef_init", "coef_update"}
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
 
@@ -222,12 +224,15 @@ class Runtime:
         if cuda and local >= torch.cuda.device_count():
             raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
                             f"{local} has none; use --device cpu or fewer processes (NPROC)")
+        if cuda and cfg.head_dim < 16:
+            raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
         self.compile = cuda if cfg.compile is None else cfg.compile
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            # float32 stays float32: a router in TF32 may open in decoding a gate that was closed in training
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         else:
             keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
@@ -320,7 +325,7 @@ class Layout(NamedTuple):
     cos: Tensor  # (n, head_dim / 2) rotary angles
     sin: Tensor
     lengths: list[int] | None  # counts on the host (CPU)
-    mask: BlockMask | None  # causal within a sequence (CUDA)
+    mask: Callable[[], BlockMask] | None  # causal within a sequence, made when first asked for (CUDA)
     cache: object = None  # keys and values of earlier tokens (decoding)
 
     def pairs(self) -> Tensor:
@@ -335,7 +340,8 @@ def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[
     counts = counts.index_add_(0, seq, torch.ones_like(seq))  # bincount would wait for the host
     seq, pos = padded(seq, n_seqs), padded(pos, 0)
     return Layout(seq, pos, row, n, counts, rope[0][pos], rope[1][pos],
-                  lengths=None if flex else counts.tolist(), mask=block_mask(seq) if flex else None)
+                  lengths=None if flex else counts.tolist(),
+                  mask=functools.cache(lambda: block_mask(seq)) if flex else None)
 
 
 def uses_flex(device: torch.device) -> bool:
@@ -408,7 +414,7 @@ def attend_flex(q, k, v, ln_g, layout):
 
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
     attend = flex_attention if q.device.type == "cpu" else compiled_flex_attention()
-    out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask,
+    out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask(),
                  enable_gqa=k.shape[1] != q.shape[1])
     return out[0].transpose(0, 1)
 
@@ -1027,11 +1033,20 @@ def token_losses(model: MiddleSkippingTransformer, rt: Runtime, rows: list[list[
     return out, totals.cpu()
 
 
+def encode(cfg: Config, text: str) -> list[int]:
+    """The tokens of a text, after one that begins a document. UserError where the model lacks any of them."""
+    encoding = get_encoding(encoding_name(cfg))
+    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
+    if max(tokens) >= cfg.vocab_size:
+        raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} "
+                        "tokens; name its own with --encoding")
+    return tokens
+
+
 def evaluate_text(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
     """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
-    cfg, encoding = model.cfg, get_encoding(encoding_name(model.cfg))
-    text = read_text(path)
-    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
+    cfg, text = model.cfg, read_text(path)
+    tokens = encode(cfg, text)
     rows = [tokens[i:i + cfg.max_seq_len + 1] for i in range(0, len(tokens) - 1, cfg.max_seq_len)]
     if not rows:
         raise UserError(f"--text {path} is empty")
@@ -1053,17 +1068,16 @@ def read_text(path: str) -> str:
 def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
     """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
     given the context is largest, a token (acc_norm) or in all (acc)."""
-    encoding, T = get_encoding(encoding_name(model.cfg)), model.cfg.max_seq_len
-    right = []
+    cfg, right = model.cfg, []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             item = json.loads(line)
             context, endings, label = item["ctx"], item["endings"], int(item["label"])
-        except (ValueError, KeyError, TypeError):
+            endings[label]
+        except (ValueError, LookupError, TypeError):
             raise UserError(f"--hellaswag {path}: line {number} is not a question (ctx, endings, label)")
-        ends = [encoding.encode_ordinary(" " + e) for e in endings]
-        start = [encoding.eot_token] + encoding.encode_ordinary(context)
-        losses, _ = token_losses(model, rt, [(start + e)[-T - 1:] for e in ends])
+        start, ends = encode(cfg, context), [encode(cfg, " " + e)[1:] for e in endings]
+        losses, _ = token_losses(model, rt, [(start + e)[-cfg.max_seq_len - 1:] for e in ends])
         scores = [x[-len(e):] for x, e in zip(losses, ends)]
         right.append([torch.stack([f(x) for x in scores]).argmin().item() == label
                       for f in (torch.mean, torch.sum)])
@@ -1103,7 +1117,7 @@ class DepthTable:
         """(what, mean depth, occurrences), by title; tokens that are rarer than at_least are left out."""
         rows = {}
         for title, sums in self.sums.items():
-            totals = zip(self.names[title], *self.rt.sum(sums).tolist())
+            totals = zip(self.names[title], *self.rt.sum(sums.to(self.rt.device)).tolist())
             rows[title] = [(name, d / n, int(n)) for name, d, n in totals if n]
         rows["token"] = sorted((r for r in rows["token"] if r[2] >= at_least), key=lambda r: r[1])
         return rows
@@ -1148,19 +1162,19 @@ class LayerCache:
         start = layout.counts.cumsum(0) - layout.counts
         column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
         self.counts += layout.counts
-        self.reserve(int(self.counts.max()), k)
+        m = int(self.counts.max())
+        self.reserve(m, k)
         self.k[seq, :, column], self.v[seq, :, column] = k[:n], v[:n]
         self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
         if first:
             layout = layout._replace(cache=None)
             return attention_kernel(layout)(q, k, v, ln_g, layout)
-        return F.pad(self.attend_new(q[:n], seq), (0, 0, 0, 0, 0, len(q) - n))
+        return F.pad(self.attend_new(q[:n], seq, m), (0, 0, 0, 0, 0, len(q) - n))
 
-    def attend_new(self, q: Tensor, seq: Tensor) -> Tensor:
-        """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it. Every
-        row of the cache attends, in one call: cheaper than to copy the rows that ask, not than to read only
-        those."""
-        m = int(self.counts.max())
+    def attend_new(self, q: Tensor, seq: Tensor, m: int) -> Tensor:
+        """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it, in m
+        columns. Every row of the cache attends, in one call: cheaper than to copy the rows that ask, not than
+        to read only those."""
         groups = q.unflatten(1, (self.k.shape[1], -1))  # (n, kv_heads, heads of a group, head_dim)
         if self.attend_some and 1 < len(seq) < len(self.counts):
             return self.attend_some(groups, self.k, self.v, self.ln_g, seq, m).view(q.shape)
@@ -1200,20 +1214,18 @@ class Decoder:
     def __init__(self, model: MiddleSkippingTransformer, rows: int):
         self.model, self.device = model, model.cos.device
         self.cache = [LayerCache(rows, self.device, model.attend_some) for _ in range(model.cfg.n_layers)]
-        self.lengths = [0] * rows
+        self.lengths = torch.zeros(rows, dtype=torch.int64)
 
     @torch.no_grad()
     def append(self, tokens: dict[int, list[int]]) -> tuple[Tensor, Tensor]:
         """Run new tokens of some rows, by row. Returns logits of the last of each row (rows, V), float32, and
         the depth of every token, row after row."""
-        ids = [t for row in tokens.values() for t in row]
-        seq = [b for b, row in tokens.items() for _ in row]
-        pos = [self.lengths[b] + i for b, row in tokens.items() for i in range(len(row))]
-        for b, row in tokens.items():
-            self.lengths[b] += len(row)
-        ids, seq, pos = (torch.tensor(x, device=self.device) for x in (ids, seq, pos))
+        rows, new = torch.tensor(list(tokens)), torch.tensor([len(row) for row in tokens.values()])
+        ends, ids = new.cumsum(0), torch.tensor([t for row in tokens.values() for t in row])
+        pos = torch.arange(len(ids)) + (self.lengths[rows] - ends + new).repeat_interleave(new)
+        self.lengths[rows] += new
+        ids, seq, pos, last = (t.to(self.device) for t in (ids, rows.repeat_interleave(new), pos, ends - 1))
         h, _, depth = self.model.hidden(ids, seq, pos, len(self.lengths), self.cache)
-        last = torch.tensor([len(row) for row in tokens.values()], device=self.device).cumsum(0) - 1
         return self.model.output(h[last]).float(), depth
 
     def bytes(self) -> int:
@@ -1239,9 +1251,11 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
 
 
 def generate(model: MiddleSkippingTransformer, prompts: list[list[int]], max_new_tokens: int, temperature=1.0,
-             top_k=None, top_p=1.0, seed=0, stop: int | None = None) -> tuple[list[list[Token]], int]:
-    """Continue prompts (of different lengths) together, each until `stop`, max_new_tokens or max_seq_len.
-    Returns every sequence, prompt included, and the bytes of the cache at the end."""
+             top_k=None, top_p=1.0, seed=0, stop: int | None = None,
+             n_vocab: int | None = None) -> tuple[list[list[Token]], int]:
+    """Continue prompts (of different lengths) together by the first n_vocab tokens of the vocabulary (which
+    may be padded), each until `stop`, max_new_tokens or max_seq_len. Returns every sequence, prompt included,
+    and the bytes of the cache at the end."""
     decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed)
     out, new, p_of = [[] for _ in prompts], dict(enumerate(prompts)), {}
     limit = [min(len(p) + max_new_tokens, model.cfg.max_seq_len) for p in prompts]
@@ -1249,6 +1263,7 @@ def generate(model: MiddleSkippingTransformer, prompts: list[list[int]], max_new
         logits, depth = decoder.append(new)
         for (b, row), d in zip(new.items(), depth.split([len(row) for row in new.values()])):
             out[b] += [Token(t, n, p_of.get(b)) for t, n in zip(row, d.tolist())]
+        logits = logits[:, :n_vocab]
         picked = choose(logits, temperature, top_k, top_p, generator)
         p_of = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))
         new = {b: [t] for b, t in zip(new, picked.tolist())
@@ -1665,7 +1680,7 @@ class Trainer:
         self.cfg, self.rt = cfg, (rt := Runtime(cfg))
         if cfg.batch_size % (cfg.device_batch_size * rt.world):
             raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
-                            f"{cfg.device_batch_size} times {rt.world} processes")
+                            f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
         self.shards = {"train": Shards(cfg.train_files, cfg.train_tokens, cfg.vocab_size, "train_files"),
                        "val": Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")}
         sequences(self.shards["val"], cfg)
@@ -1838,13 +1853,16 @@ def train(cfg: Config, weights: dict | None) -> int:
             trainer.save(step, record)
         if step % cfg.val_every == 0 or step == cfg.num_steps:
             event = trainer.validate(step)
+            reached = cfg.target_loss is not None and event["cross_entropy"] <= cfg.target_loss
+            if reached and step:
+                trainer.save(step, record)
             record.event("val", **{k: event[k] for k in event if k != "flops_per_token"})
             history.append(event)
             record.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  validation "
                        f"{event['cross_entropy']:.4f} nats  sparsity {mean(event['gate_zero']):.3f}")
             if warning := failure_signature(cfg, step, event["cross_entropy"], history):
                 record.say(f"WARNING: {warning}")
-            if cfg.target_loss is not None and event["cross_entropy"] <= cfg.target_loss:
+            if reached:
                 record.say(f"target loss {cfg.target_loss} reached at step {step}")
                 break
         if step == cfg.num_steps:
@@ -1973,7 +1991,8 @@ def realised_of_event(cfg: Config, event: dict) -> float:
     """Forward FLOPs a token of a training step, from its record; pairs as if each sequence skipped alike."""
     open_share = 1 - torch.tensor(event["gate_zero"][:cfg.n_levels], dtype=torch.float64)
     T = cfg.max_seq_len
-    rows, pairs = open_share * T, open_share * T * (open_share * T + 1) / 2
+    rows = open_share * T if cfg.compute == "packed" else torch.full_like(open_share, T)
+    pairs = rows * (rows + 1) / 2
     return realised_flops(cfg, torch.stack((rows, rows, rows, pairs), 1), T) / T
 
 
@@ -2102,13 +2121,16 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
             raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record "
                             f"{explicit['resume']}, which has {settings.get(wrong[0])}: leave the flag out")
     if "control" in explicit and not explicit.get("resume"):  # another rule's coefficients are its own
-        for k in ("mean_coef_init", "var_coef_init", "coef_update"):
-            settings.pop(k, None)
+        settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}
     source = args.checkpoint if command != "train" else explicit.get("init_from", settings.get("init_from"))
     if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
         stored, weights = read_weights(source)
         also = () if command == "train" else ("val_files", "val_tokens", "device_batch_size", "dtype")
         settings |= checkpoint_settings(stored, explicit, source, also)
+        if settings.get("control") == "dense" and "control" not in explicit:
+            settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}  # a preset's
+    if command != "train":  # only micro-batches count
+        explicit["batch_size"] = (settings | explicit).get("device_batch_size", Config.device_batch_size)
     return Config(**(settings | explicit)), weights
 
 
@@ -2141,6 +2163,10 @@ def run_eval(cfg: Config, weights: dict, args) -> int:
         return 0
     shards = Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")
     model, depths = build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
+    if rt.compile:  # before the clock starts
+        tokens = torch.zeros(cfg.device_batch_size, cfg.max_seq_len, dtype=torch.int64, device=rt.device)
+        with torch.no_grad(), rt.autocast():
+            model(tokens, tokens)
     result = evaluate(model, cfg, rt, shards, watch=depths.add if cfg.gated else None)
     tables = depths.tables() if cfg.gated else {}
     if rt.main:
@@ -2189,17 +2215,16 @@ def run_sample(cfg: Config, weights: dict, args) -> int:
     if args.max_new_tokens < 0 or args.num_samples < 1:
         raise UserError("sampling needs --max_new_tokens of at least 0 and --num_samples of at least 1")
     rt, encoding = Runtime(cfg), get_encoding(encoding_name(cfg))
-    prompt = [encoding.eot_token] + encoding.encode_ordinary(args.prompt)
+    prompt = encode(cfg, args.prompt)
     if len(prompt) >= cfg.max_seq_len:
         raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")
-    if max(prompt) >= cfg.vocab_size:
-        raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} "
-                        "tokens")
     model = build_model(cfg, rt, weights, args.checkpoint)
-    start = time.perf_counter()
-    with rt.autocast():
-        out, cache_bytes = generate(model, [prompt] * args.num_samples, args.max_new_tokens, args.temperature,
-                                    args.top_k, args.top_p, cfg.seed, encoding.eot_token)
+    for new_tokens in ([2] if rt.compile else []) + [args.max_new_tokens]:  # the first compiles
+        start = time.perf_counter()
+        with rt.autocast():
+            out, cache_bytes = generate(model, [prompt] * args.num_samples, new_tokens, args.temperature,
+                                        args.top_k, args.top_p, cfg.seed, encoding.eot_token,
+                                        encoding.n_vocab)
     seconds, new = time.perf_counter() - start, sum(len(row) - len(prompt) for row in out)
     samples = [(pieces(row[1:], encoding), len(pieces(row[1:len(prompt)], encoding))) for row in out]
     for text, _ in samples:
@@ -2244,6 +2269,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         report("stopped", "interrupted before the first step")
         return 130
+    except torch.OutOfMemoryError as e:
+        report("error", f"out of GPU memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
+        return 2
     except RuntimeError as e:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST_PEER.search(str(e)):
             raise

@@ -218,13 +218,14 @@ def measure_batches(bench, mode, rounds, report, products):
         report.row(mode, *v, cfg.device_batch_size, n, median(seconds[v]), scale * flops[v] / n, peak[v])
 
 
-def measure_decoding(bench, batch, rounds, report):
+def measure_decoding(bench, batch, rounds, report, products):
     """Rows of decoding after a context of T / 2 tokens: seconds of a step, one token a sequence."""
     cfg, rt = bench.cfg, bench.rt
     context = cfg.max_seq_len // 2
     variants = [("dense", None)] + [("gated", s) for s in SPARSITIES]
     seconds, flops, peak = {v: [] for v in variants}, {}, {}
     for i in range(rounds + 1):
+        products.time(rt)
         for v in variants:
             bench.use(*v)
             decoder = tgs.Decoder(bench.model, batch)
@@ -260,6 +261,8 @@ def by_kernel(events, cuda):
     count as one."""
     kernels = {}
     for e in events:
+        if e.device_type != torch.autograd.DeviceType.CPU:
+            continue  # counted with the operator that launched it
         name = "compiled kernels" if re.match("## Call CompiledFxGraph|triton_", e.key) else e.key
         seconds = 1e-6 * (e.self_device_time_total if cuda else e.self_cpu_time_total)
         kernels[name] = tuple(map(sum, zip(kernels.get(name, (0, 0.0, 0)), (e.count, seconds, e.flops))))
@@ -275,7 +278,7 @@ def slowest_kernels(bench, rate, flops_speedup, sparsity=0.75, top=12):
     wall, events = profile(bench, "gated", sparsity)
     kernels = by_kernel(events, bench.cuda)
     total = sum(t for _, t, _ in kernels.values()) or 1.0
-    waits = [e for e in events if "Synchronize" in e.key]
+    waits = [e for e in events if "StreamSynchronize" in e.key]
     host = {"waits": sum(e.count for e in waits),
             "milliseconds": 1e-3 * sum(e.self_cpu_time_total for e in waits),
             "device_idle": max(0.0, 1 - total / wall)} if bench.cuda else None
@@ -392,11 +395,11 @@ class Report:
 def measure(args, cfg, rt):
     """Run what the command line asks for, print it, and write the record."""
     bench, report, products = Bench(cfg, rt), Report(), Products(cfg, rt)
-    products.time(rt)
+    products.run()
     for mode in args.modes:
         if mode == "decode":
             for batch in args.decode_batches or ((1, 64) if bench.cuda else (1, 128)):
-                measure_decoding(bench, batch, args.rounds, report)
+                measure_decoding(bench, batch, args.rounds, report, products)
         else:
             measure_batches(bench, mode, args.rounds, report, products)
     report.compare(products.rate)
@@ -444,6 +447,10 @@ def main(argv=None):
         size = dict(batch_size=32) if cuda else CPU_SIZE
         size["batch_size"] = explicit.get("device_batch_size", size["batch_size"])
         cfg = tgs.Config(**(size | dict(name="bench", compile=True) | explicit))
+        if unused := [k for k in ("preset", "config", "init_from", "resume") if k in explicit]:
+            raise tgs.UserError(f"--{unused[0]} is not for the benchmark: give sizes as flags")
+        if not cfg.gated or args.rounds < 1:
+            raise tgs.UserError("the benchmark needs a --control with routers, and --rounds of at least 1")
         rt = tgs.Runtime(cfg)
         if args.gpu_report and not cuda:
             raise tgs.UserError("--gpu_report needs a GPU: leave it out")
