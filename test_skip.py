@@ -2552,6 +2552,13 @@ def test_report_says_how_to_make_a_record_where_there_is_none(tmp_path, capsys):
     assert status == 0 and text.count("\n") == 1 and "./run.sh" in text and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("argv", [["--preset", "demo"], ["--control", "dense"], ["--rounds", "0"],
+                                  ["--dim", "7"]])
+def test_the_benchmark_refuses_what_it_cannot_measure_in_one_line(argv, capsys):
+    assert load_bench().main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_report_shows_milliseconds_of_a_gpus_benchmark_only(tmp_path, capsys):
     report_bench(tmp_path / "cpu", "bench", "AMD EPYC")
     report_bench(tmp_path / "gpu", "bench", "NVIDIA H200")
