@@ -477,9 +477,9 @@ class RowBlockAttention(torch.autograd.Function):
                 d_ln_g[keys] += ds.sum((0, 1))
             ds = ds.to(q.dtype)
             dvh[:, keys] += torch.bmm(p.mT, do)
-            dkh[:, keys].add_(torch.bmm(ds.mT, q_rows), alpha=D**-0.5)
-            torch.mul(torch.bmm(ds, kh[:, keys]).view(H, -1, D), D**-0.5, out=dqh[:, rows])
-        return dq, dk, dv, d_ln_g, None, None
+            dkh[:, keys] += torch.bmm(ds.mT, q_rows)
+            dqh[:, rows] = torch.bmm(ds, kh[:, keys]).view(H, -1, D)
+        return dq.mul_(D**-0.5), dk.mul_(D**-0.5), dv, d_ln_g, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------
