@@ -1534,8 +1534,9 @@ def plot(events: list[dict], cfg: Config, path: Path):
             axes[2].plot(steps, [e["mean_coef"][l] for e in train], color=colors[l], lw=1.2)
             axes[2].plot(steps, [e["var_coef"][l] for e in train], color=colors[l], lw=1.2, ls="--")
         axes[1].set(title="Mean gate (dotted: its target)", ylim=(-0.02, 1.02), ylabel="mean gate")
-        axes[1].legend(title="blocks", ncols=2, loc="lower left", edgecolor="none", framealpha=0.8)
         axes[2].set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
+        axes[2].legend(*axes[1].get_legend_handles_labels(), title="blocks", loc="center left",
+                       bbox_to_anchor=(1, 0.5), frameon=False)
     for ax in axes:
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
