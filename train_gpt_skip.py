@@ -2,7 +2,7 @@
 
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
-a training step at half sparsity takes 0.53 of the dense step's time (records/2026-11-23_01-10-07_bench:
+a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
 float32, torch 2.13, 12 blocks, d 384). Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
@@ -1482,7 +1482,7 @@ def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
         "command": " ".join(map(shlex.quote, ["python", *sys.argv])), "date": datetime.datetime.now(
             datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
-        "git_dirty": bool(run_quietly("git", "status", "--porcelain")),
+        "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "python": platform.python_version(), "packages": packages, "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if cuda else processor_name(), "world_size": rt.world,
