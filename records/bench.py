@@ -288,13 +288,10 @@ def slowest_kernels(bench, rate, flops_speedup, sparsity=0.75, top=12):
                   for name, (n, t, flops) in sorted(kernels.items(), key=lambda k: -k[1][1])[:top]]
 
 
-def kernel_lines(kernels):
-    if kernels:
-        yield "of a training step at 75% sparsity (excess: beyond the dense step's over the FLOPs' speed-up)"
-    for k in kernels:
-        rate = "" if k["of_matmul_rate"] is None else f"  {k['of_matmul_rate']:.2f} of the products' rate"
-        yield (f"{k['share']:6.1%}{k['milliseconds']:9.2f} ms, excess {k['excess_milliseconds']:7.2f} ms "
-               f"{k['calls']:5d} x {k['kernel'][:50]}{rate}")
+def kernel_line(k):
+    rate = "" if k["of_matmul_rate"] is None else f"  {k['of_matmul_rate']:.2f} of the products' rate"
+    return (f"{k['share']:6.1%}{k['milliseconds']:9.2f} ms, excess {k['excess_milliseconds']:7.2f} ms "
+            f"{k['calls']:5d} x {k['kernel'][:50]}{rate}")
 
 
 # What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, bias, scale), heads first: bias (n,) is added
@@ -409,13 +406,13 @@ def measure(args, cfg, rt):
     if "train" in args.modes:
         sparsest = next(r for r in report.rows if (r["mode"], r["sparsity"]) == ("train", SPARSITIES[-1]))
         host, kernels = slowest_kernels(bench, products.rate, sparsest["flops_speedup"], SPARSITIES[-1])
-    print(*kernel_lines(kernels), sep="\n")
+        print("of a training step at 75% sparsity (excess: beyond the dense step's over the FLOPs' speed-up)")
+        print(*map(kernel_line, kernels), sep="\n")
     env = tgs.environment(rt, {})
     content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
                "matmul_flops_per_s": products.rate, "env": env,
                "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows],
                "host": host, "kernels": kernels, "gpu_tests": None, "carriers": None}
-
     folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
 
     def save(**more):
