@@ -3,11 +3,12 @@
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
-float32, torch 2.13, 12 blocks, d 384). Three commands:
+float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the order of the paper;
+what looks at a finished run is a tool in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
-    python train_gpt_skip.py eval --checkpoint records/X    # loss, sparsity, FLOPs, which tokens skip
-    python train_gpt_skip.py sample --checkpoint records/X --prompt 'def ' --show_depth
+    ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
+    ./run.sh sample --checkpoint records/X --prompt 'def ' --show_depth
 """
 from __future__ import annotations
 
@@ -162,6 +163,10 @@ class Config:
     @property
     def n_levels(self):
         return self.n_layers // 2
+
+    @property
+    def tokeniser(self):
+        return self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
 
     @property
     def gated(self):
@@ -580,14 +585,13 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(cfg)):
             self.register_buffer(name, table, persistent=False)
-        self.parts, self.chunk_loss, self.attend_some = EAGER, chunk_loss, None
+        self.parts, self.chunk_loss = EAGER, chunk_loss
 
     def compile(self):
         """The two parts of a block around attention have one graph each, that serves every block: parameters
         are inputs, the number of active tokens is dynamic."""
         self.parts = tuple(torch.compile(part, dynamic=True) for part in EAGER)
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
-        self.attend_some = torch.compile(attend_some, dynamic=True)
         self.input_norm.compile(dynamic=True)
         self.output_norm.compile(dynamic=True)
 
@@ -650,7 +654,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path):
         settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, "control"]}
-        settings["encoding"] = encoding_name(self.cfg)
+        settings["encoding"] = self.cfg.tokeniser
         (Path(save_directory) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         export_weights(self, Path(save_directory) / "model.safetensors")
 
@@ -658,7 +662,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     def _from_pretrained(cls, *, model_id: str, revision=None, **settings):
         stored, state = read_weights(str(model_id), revision)
         flags = {f.name: settings[f.name] for f in dataclasses.fields(Config) if f.name in settings}
-        model = cls(Config(**checkpoint_settings(stored, flags, model_id) | flags))
+        model = cls(Config(**checkpoint_settings(stored, flags, model_id, ["control"]) | flags))
         load_weights(model, state, model_id)
         return model
 
@@ -976,7 +980,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Evaluation: every full sequence of T (+1) tokens at stride T of every shard.
+# Validation: every full sequence of T (+1) tokens at stride T of every shard.
 
 def sequences(shards: Shards, cfg: Config) -> list[tuple[int, int]]:
     """(shard, start) of every validation sequence."""
@@ -1008,360 +1012,6 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
             "val_s": time.perf_counter() - start,
             "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
-
-@torch.no_grad()
-def token_losses(model: MiddleSkippingTransformer, rt: Runtime, rows: list[list[int]]):
-    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens): a list
-    of tensors; and the summed statistics of `span`. Rows of any lengths are packed together."""
-    out, totals, room = [], 0, model.cfg.device_batch_size * model.cfg.max_seq_len
-    while len(out) < len(rows):
-        batch, n = [], 0
-        for row in rows[len(out):]:
-            if batch and n + len(row) - 1 > room:
-                break
-            batch.append(torch.tensor(row))
-            n += len(row) - 1
-        inputs, targets = (torch.cat([t[a:len(t) - 1 + a] for t in batch]).to(rt.device) for a in (0, 1))
-        seq = torch.cat([torch.full((len(t) - 1,), i) for i, t in enumerate(batch)]).to(rt.device)
-        pos = torch.cat([torch.arange(len(t) - 1) for t in batch]).to(rt.device)
-        with rt.autocast():
-            h, stats, _ = model.hidden(inputs, seq, pos, len(batch))
-            losses = torch.cat([F.cross_entropy(model.output(x).float(), y, reduction="none")
-                                for x, y in zip(h.split(1024), targets.split(1024))])
-        out += losses.cpu().split([len(t) - 1 for t in batch])
-        totals = totals + stats
-    return out, totals.cpu()
-
-
-def encode(cfg: Config, text: str) -> list[int]:
-    """The tokens of a text, after one that begins a document. UserError where the model lacks any of them."""
-    encoding = get_encoding(encoding_name(cfg))
-    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
-    if max(tokens) >= cfg.vocab_size:
-        raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} "
-                        "tokens; name its own with --encoding")
-    return tokens
-
-
-def evaluate_text(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
-    """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
-    cfg, text = model.cfg, read_text(path)
-    tokens = encode(cfg, text)
-    rows = [tokens[i:i + cfg.max_seq_len + 1] for i in range(0, len(tokens) - 1, cfg.max_seq_len)]
-    if not rows:
-        raise UserError(f"--text {path} is empty")
-    losses, stats = token_losses(model, rt, rows)
-    nats, n = sum(x.sum().item() for x in losses), len(tokens) - 1
-    sparsity = mean(gate_report(stats, n)["gate_zero"])
-    bits = nats / math.log(2) / len(text.encode())
-    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {bits:.4f} bits a byte, "
-            f"sparsity {sparsity:.4f}, {n} tokens")
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}")
-
-
-def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: Runtime, path: str) -> str:
-    """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
-    given the context is largest, a token (acc_norm) or in all (acc)."""
-    cfg, right = model.cfg, []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            item = json.loads(line)
-            context, endings, label = item["ctx"], item["endings"], int(item["label"])
-            endings[label]
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"--hellaswag {path}: line {number} is not a question (ctx, endings, label)")
-        start, ends = encode(cfg, context), [encode(cfg, " " + e)[1:] for e in endings]
-        losses, _ = token_losses(model, rt, [(start + e)[-cfg.max_seq_len - 1:] for e in ends])
-        scores = [x[-len(e):] for x, e in zip(losses, ends)]
-        right.append([torch.stack([f(x) for x in scores]).argmin().item() == label
-                      for f in (torch.mean, torch.sum)])
-    if not right:
-        raise UserError(f"--hellaswag {path} holds no question")
-    acc_norm, acc = np.mean(right, 0)
-    return f"hellaswag: acc_norm {acc_norm:.4f}, acc {acc:.4f}, {len(right)} questions"
-
-
-class DepthTable:
-    """Mean depth over a corpus, by token and by position in the word and in the document: do the tokens that
-    skip form a hierarchy? A word begins after white space; a document, at the end-of-text token."""
-
-    WORD, DOCUMENT = 8, 12  # later positions in a word count as the last; in a document, powers of two
-
-    def __init__(self, cfg: Config, rt: Runtime):
-        self.rt, self.end, text = rt, 256 if encoding_name(cfg) == "bytes" else 50256, token_texts(cfg)
-        self.ends_word = torch.tensor([t[-1:].isspace() or i == self.end for i, t in enumerate(text)])
-        self.begins_word = torch.tensor([t[:1].isspace() or i == self.end for i, t in enumerate(text)])
-        self.names = {
-            "token": [repr(t) for t in text],
-            "position in the word": [*map(str, range(self.WORD - 1)), "later"],
-            "position in the document": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.DOCUMENT)]}
-        self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
-
-    def add(self, inputs: Tensor, depth: Tensor):
-        inputs, depth = inputs.cpu(), depth.cpu()
-        begins = self.begins_word[inputs]
-        begins[:, 1:] |= self.ends_word[inputs[:, :-1]]
-        word = since(begins).clamp(max=self.WORD - 1)
-        document = since(inputs == self.end).add(1).log2().long().clamp(max=self.DOCUMENT - 1)
-        for sums, index in zip(self.sums.values(), (inputs, word, document)):
-            sums[0].index_add_(0, index.flatten(), depth.flatten().double())
-            sums[1].index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
-
-    def tables(self, at_least: int = 20) -> dict[str, list[tuple[str, float, int]]]:
-        """(what, mean depth, occurrences), by title; tokens that are rarer than at_least are left out."""
-        rows = {}
-        for title, sums in self.sums.items():
-            totals = zip(self.names[title], *self.rt.sum(sums.to(self.rt.device)).tolist())
-            rows[title] = [(name, d / n, int(n)) for name, d, n in totals if n]
-        rows["token"] = sorted((r for r in rows["token"] if r[2] >= at_least), key=lambda r: r[1])
-        return rows
-
-
-def token_texts(cfg: Config) -> list[str]:
-    """The text of every token of the vocabulary; its number where there is no text or no tokeniser."""
-    def text(encoding, i):
-        with contextlib.suppress(KeyError):
-            return encoding.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
-        return f"<{i}>"
-
-    try:
-        encoding = get_encoding(encoding_name(cfg))
-    except UserError as e:
-        print(f"WARNING: tokens are shown by number: {e}", file=sys.stderr)
-        return [f"<{i}>" for i in range(cfg.vocab_size)]
-    return [text(encoding, i) for i in range(cfg.vocab_size)]
-
-
-def since(marks: Tensor) -> Tensor:
-    """Columns since the last mark of each row (B, T), or since the row's start."""
-    at = torch.arange(marks.shape[1]).expand_as(marks)
-    return at - torch.where(marks, at, 0).cummax(1).values
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Decoding and sampling. A layer's cache holds the tokens that ran it, since nobody attends to the others.
-
-class LayerCache:
-    """Keys, values and ln g of one layer: row b holds the first counts[b] columns, in order of position."""
-
-    def __init__(self, rows: int, device, attend_some=None):
-        self.attend_some = attend_some  # the compiled function of that name
-        self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.k = self.v = self.ln_g = None  # (rows, kv_heads, columns, head_dim) twice, (rows, columns)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: Layout) -> Tensor:
-        """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
-        first = self.k is None
-        seq, n = layout.seq[:layout.n], layout.n
-        start = layout.counts.cumsum(0) - layout.counts
-        column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
-        self.counts += layout.counts
-        m = int(self.counts.max())
-        self.reserve(m, k)
-        self.k[seq, :, column], self.v[seq, :, column] = k[:n], v[:n]
-        self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
-        if first:
-            layout = layout._replace(cache=None)
-            return attention_kernel(layout)(q, k, v, ln_g, layout)
-        return F.pad(self.attend_new(q[:n], seq, m), (0, 0, 0, 0, 0, len(q) - n))
-
-    def attend_new(self, q: Tensor, seq: Tensor, m: int) -> Tensor:
-        """One query of each of the sequences seq, q (n, heads, head_dim), to all that is cached of it, in m
-        columns. Every row of the cache attends, in one call: cheaper than to copy the rows that ask, not than
-        to read only those."""
-        groups = q.unflatten(1, (self.k.shape[1], -1))  # (n, kv_heads, heads of a group, head_dim)
-        if self.attend_some and 1 < len(seq) < len(self.counts):
-            return self.attend_some(groups, self.k, self.v, self.ln_g, seq, m).view(q.shape)
-        asked = groups.new_zeros(len(self.counts), *groups.shape[1:]).index_copy(0, seq, groups)
-        out = F.scaled_dot_product_attention(asked, self.k[:, :, :m], self.v[:, :, :m],
-                                             attn_mask=self.ln_g[:, None, None, :m].to(q.dtype))
-        return out.index_select(0, seq).view(q.shape)
-
-    def reserve(self, columns: int, like: Tensor):
-        """Room for that many columns; empty ones have a logit that gives them no weight."""
-        if self.k is None:
-            self.k = self.v = like.new_zeros(len(self.counts), like.shape[1], 0, like.shape[2])
-            self.ln_g = torch.zeros(len(self.counts), 0, device=like.device)
-        if (more := columns - self.k.shape[2]) > 0:
-            self.k, self.v = (F.pad(t, (0, 0, 0, more + 64)) for t in (self.k, self.v))
-            self.ln_g = F.pad(self.ln_g, (0, more + 64), value=REMOVED)
-
-    def bytes(self) -> int:
-        """Of the tokens held: keys, values, and ln g in float32."""
-        if self.k is None:
-            return 0
-        return int(self.counts.sum()) * (2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + 4)
-
-
-def attend_some(q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor, rows: Tensor, m: int) -> Tensor:
-    """Eq. 3 for one query of each of these rows of a cache, written out, so that compiled it reads only them.
-    q, and the result: (n, kv_heads, heads of a group, head_dim)."""
-    k, v, ln_g = k[rows][:, :, None, :m], v[rows][:, :, None, :m], ln_g[rows][:, None, None, :m]
-    # (n, kv_heads, group, m)
-    p = ((q.float()[:, :, :, None] * k).sum(-1) * q.shape[-1]**-0.5 + ln_g).softmax(-1)
-    return (p[..., None] * v).sum(3).to(q.dtype)
-
-
-class Decoder:
-    """Sequences that grow together: their caches and lengths."""
-
-    def __init__(self, model: MiddleSkippingTransformer, rows: int):
-        self.model, self.device = model, model.cos.device
-        self.cache = [LayerCache(rows, self.device, model.attend_some) for _ in range(model.cfg.n_layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
-
-    @torch.no_grad()
-    def append(self, tokens: dict[int, list[int]]) -> tuple[Tensor, Tensor]:
-        """Run new tokens of some rows, by row. Returns logits of the last of each row (rows, V), float32, and
-        the depth of every token, row after row."""
-        rows, new = torch.tensor(list(tokens)), torch.tensor([len(row) for row in tokens.values()])
-        ends, ids = new.cumsum(0), torch.tensor([t for row in tokens.values() for t in row])
-        pos = torch.arange(len(ids)) + (self.lengths[rows] - ends + new).repeat_interleave(new)
-        self.lengths[rows] += new
-        ids, seq, pos, last = (t.to(self.device) for t in (ids, rows.repeat_interleave(new), pos, ends - 1))
-        h, _, depth = self.model.hidden(ids, seq, pos, len(self.lengths), self.cache)
-        return self.model.output(h[last]).float(), depth
-
-    def bytes(self) -> int:
-        return sum(c.bytes() for c in self.cache)
-
-
-class Token(NamedTuple):
-    id: int
-    depth: int  # blocks that it ran
-    p: float | None  # probability that the model gave it; None in a prompt
-
-
-def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator) -> Tensor:
-    """One token a row of logits (n, V): the likeliest at temperature 0, else drawn from the top k of the
-    likeliest that together reach probability top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(-1, descending=True)
-    p = logits.softmax(-1)
-    p = torch.where(p.cumsum(-1) - p < top_p, p, 0)
-    p = p if top_k is None else F.pad(p[:, :top_k], (0, max(0, p.shape[1] - top_k)))
-    return order.gather(1, torch.multinomial(p.cpu(), 1, generator=generator).to(order.device))[:, 0]
-
-
-def generate(model: MiddleSkippingTransformer, prompts: list[list[int]], max_new_tokens: int, temperature=1.0,
-             top_k=None, top_p=1.0, seed=0, stop: int | None = None,
-             n_vocab: int | None = None) -> tuple[list[list[Token]], int]:
-    """Continue prompts (of different lengths) together by the first n_vocab tokens of the vocabulary (which
-    may be padded), each until `stop`, max_new_tokens or max_seq_len. Returns every sequence, prompt included,
-    and the bytes of the cache at the end."""
-    decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed)
-    out, new, p_of = [[] for _ in prompts], dict(enumerate(prompts)), {}
-    limit = [min(len(p) + max_new_tokens, model.cfg.max_seq_len) for p in prompts]
-    while True:
-        logits, depth = decoder.append(new)
-        for (b, row), d in zip(new.items(), depth.split([len(row) for row in new.values()])):
-            out[b] += [Token(t, n, p_of.get(b)) for t, n in zip(row, d.tolist())]
-        logits = logits[:, :n_vocab]
-        picked = choose(logits, temperature, top_k, top_p, generator)
-        p_of = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))
-        new = {b: [t] for b, t in zip(new, picked.tolist())
-               if len(out[b]) < limit[b] and not (out[b][-1].id == stop and out[b][-1].p is not None)}
-        if not new:
-            break
-    return out, decoder.bytes()
-
-
-def encoding_name(cfg: Config) -> str:
-    return cfg.encoding or ("bytes" if cfg.vocab_size == 257 else "gpt2")
-
-
-def get_encoding(name: str):
-    """The tiktoken.Encoding "gpt2", or "bytes": the 256 single bytes and <|endoftext|> = 256."""
-    import tiktoken
-    if name == "bytes":
-        ranks = {bytes([b]): b for b in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 256})
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as e:  # the vocabulary comes from the network
-        raise UserError(f"the {name} vocabulary cannot be fetched ({str(e)[:120]!r}); go on line once, "
-                        "or set TIKTOKEN_CACHE_DIR to a folder that holds it")
-
-
-def pieces(tokens: list[Token], encoding) -> list[tuple[str, Token]]:
-    """Text and the token that it shows: bytes of one character, from several tokens, are joined."""
-    out, pending = [], b""
-    for token in tokens:
-        pending += encoding.decode_single_token_bytes(token.id)
-        try:
-            out.append((pending.decode(), token))
-        except UnicodeDecodeError as e:
-            if e.end < len(pending) or len(pending) > 3:  # not merely unfinished
-                out.append((pending.decode(errors="replace"), token))
-            else:
-                continue
-        pending = b""
-    return out + ([(pending.decode(errors="replace"), tokens[-1])] if pending else [])
-
-
-def shade(fraction: float) -> tuple[tuple[int, ...], bool]:
-    """Colour of a share of the blocks, pale yellow (none) over green to deep blue (all); is it dark?"""
-    stops = [(253, 231, 140), (122, 205, 140), (38, 145, 160), (50, 80, 160), (48, 22, 100)]
-    return tuple(round(np.interp(4 * fraction, range(5), c)) for c in zip(*stops)), fraction > 0.45
-
-
-def terminal_text(text: list[tuple[str, Token]], n_layers: int) -> str:
-    out = []
-    for piece, token in text:
-        color, dark = shade(token.depth / n_layers)
-        start = f"\x1b[48;2;{';'.join(map(str, color))};38;5;{231 if dark else 16}m"
-        out.append("\x1b[0m\n".join(start + line if line else "" for line in piece.split("\n")))
-    return "".join(out) + "\x1b[0m"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Depth of each token</title>
-<style>
-:root {{ color-scheme: light dark; --back: #fff; --text: #222; --soft: #777; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --back: #15171c; --text: #ddd; --soft: #999; }} }}
-body {{ background: var(--back); color: var(--text); font: 15px/1.9 ui-monospace, monospace; max-width: 60rem;
-  margin: 2.5rem auto; padding: 0 1.2rem; }}
-h1 {{ font: 600 1.25rem/1.3 system-ui, sans-serif; margin: 0 0 .3rem; }}
-p, figcaption {{ font: .9rem/1.5 system-ui, sans-serif; color: var(--soft); margin: 0 0 1.2rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 2rem; font: inherit; }}
-pre span {{ padding: .15em 0; }}
-pre span:hover {{ outline: 2px solid var(--text); }}
-.prompt {{ border-bottom: 2px solid var(--soft); }}
-.legend {{ display: flex; gap: 1px; margin: 0 0 .4rem; font: .8rem/1.8 system-ui, sans-serif; }}
-.legend span {{ padding: 0 .7em; }}
-</style>
-<h1>How deep each token went</h1>
-<p>{title}</p>
-<div class="legend" aria-label="blocks run">{legend}</div>
-<p>blocks run, of {n_layers}; the others were skipped. Hover for the token, its depth and its probability.</p>
-{samples}
-</html>
-"""
-
-
-def html_page(samples: list[tuple[list[tuple[str, Token]], int]], n_layers: int, title: str) -> str:
-    """A self-contained page: each sample's text shaded by depth; samples are (pieces, prompt tokens)."""
-    from html import escape
-
-    def span(piece, token, prompt=False):
-        color, dark = shade(token.depth / n_layers)
-        p = "" if token.p is None else f", p = {token.p:.3f}"
-        label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
-        return (f'<span{" class=prompt" * prompt} style="background:rgb{color};'
-                f'color:{"#fff" if dark else "#222"}" title="{label}">{escape(piece)}</span>')
-
-    legend = "".join(span(str(d), Token(0, d, None)) for d in range(0, n_layers + 1, 2))
-    body = [f"<pre>{''.join(span(*t, i < n) for i, t in enumerate(text))}</pre>" for text, n in samples]
-    return PAGE.format(title=escape(title), legend=legend, n_layers=n_layers, samples="\n".join(body))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1607,9 +1257,7 @@ def fetch_repo(repo: str, revision: str | None) -> Path:
 
 def checkpoint_settings(settings: dict, explicit: dict, source: str, also=()) -> dict:
     """The Config fields that a checkpoint fixes (and `also` others). UserError where a flag disagrees."""
-    fixed = {k: settings[k] for k in MODEL_FIELDS if settings.get(k) is not None}
-    fixed |= {k: settings[k] for k in ("encoding", *also) if settings.get(k) is not None}
-    fixed |= {"control": "dense"} if settings.get("control") == "dense" else {}
+    fixed = {k: settings[k] for k in (*MODEL_FIELDS, "encoding", *also) if settings.get(k) is not None}
     if missing := [k for k in ("dim", "n_layers", "n_heads", "vocab_size") if k not in fixed]:
         raise UserError(f"checkpoint {source}: its config.json does not say {', '.join(missing)}")
     for k in SIZES:
@@ -1637,20 +1285,6 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str):
                             f"{getattr(v, 'dtype', type(v).__name__)} {list(getattr(v, 'shape', []))}, the "
                             f"model's is {own[k].dtype} {list(own[k].shape)}")
     model.load_state_dict(state)
-
-
-def export_released(model: MiddleSkippingTransformer, folder: Path):
-    """The authors' layout: state_step0.pt and config.json; a dense model with routers that are all zero."""
-    cfg, state = model.cfg, dict(model.state_dict())
-    if not cfg.gated:
-        for l in range(cfg.n_levels):
-            state[f"masks.{l}.linear.weight"] = torch.zeros(1, cfg.dim)
-            state[f"masks.{l}.linear.bias"] = torch.zeros(1)
-    settings = {k: getattr(cfg, k) for k in SIZES} | {
-        "multiple_of": 256, "initializer_range": cfg.initializer_range, "zero_init_masks": not cfg.gated}
-    text = json.dumps({"model": settings}, indent=1)
-    write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
-    write_atomically(folder / "state_step0.pt", lambda f: torch.save({"step": 0, "model": state}, f))
 
 
 def export_weights(model: MiddleSkippingTransformer, path: Path):
@@ -1687,7 +1321,7 @@ class Trainer:
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
-        cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", encoding_name(cfg))
+        cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "")
         self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.first_step = self.model, 0.0, 0
@@ -2036,28 +1670,14 @@ def closing_lines(record: Record, s: dict, first: float, cfg: Config):
                    "ms alone and lengthens a step by "
                    f"{1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the busiest rank "
                    f"has {s['rank_imbalance']:.3f} of the mean number of active tokens")
-    script = Path(sys.argv[0]).name
     record.say(f"record: {record.folder} (look at plot.png)\nnext:\n"
-               f"  python {script} eval --checkpoint {record.folder}\n"
-               f"  python {script} sample --checkpoint {record.folder} --prompt 'def ' --show_depth\n"
-               f"  python records/report.py")
+               f"  ./run.sh eval --checkpoint {record.folder}\n"
+               f"  ./run.sh sample --checkpoint {record.folder} --prompt 'def ' --show_depth\n"
+               f"  ./run.sh report")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Command line.
-
-def parse(argv: list[str]) -> tuple[str, argparse.Namespace, dict]:
-    """(command, its own arguments, the Config fields given explicitly)."""
-    command, argv = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("train", argv)
-    parser = Parser(prog=f"train_gpt_skip.py {command}", description=COMMANDS[command], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    if command != "train":
-        parser.add_argument("--checkpoint", required=True,
-                            help="record, checkpoint file or folder, or hub repo")
-    for name, option in OPTIONS.get(command, {}).items():
-        parser.add_argument(f"--{name}", **option)
-    return command, *parse_settings(parser, argv)
-
 
 def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespace, dict]:
     """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
@@ -2078,40 +1698,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-COMMANDS = {
-    "train": "Train a model and write a record (the default command).",
-    "eval": "Validation loss, sparsity, FLOPs and throughput of a checkpoint, and which tokens skip.",
-    "sample": "Continue a prompt, and show how deep each token went.",
-    "export": "Write a checkpoint as a hub folder or in the authors' layout.",
-}
-OPTIONS = {  # flags of a command beside Config's
-    "eval": {
-        "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
-        "text": dict(nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
-        "hellaswag": dict(help="score a file like hellaswag_val.jsonl instead")},
-    "export": {
-        "to": dict(default="hub", choices=("hub", "released"),
-                   help="layout: model.safetensors and config.json, or the authors'"),
-        "out": dict(required=True, help="new folder to write")},
-    "sample": {
-        "prompt": dict(default="", help="text to continue; without it, the start of a document"),
-        "max_new_tokens": dict(type=int, default=200, help="tokens to add to each sample"),
-        "num_samples": dict(type=int, default=1, help="samples, decoded together"),
-        "temperature": dict(type=float, default=0.8, help="0 takes the likeliest token"),
-        "top_k": dict(type=int, help="draw from the k likeliest tokens"),
-        "top_p": dict(type=float, default=1.0, help="draw from the likeliest that reach this together"),
-        "show_depth": dict(action="store_true", help="shade each token by the number of blocks it ran"),
-        "html": dict(help="write the shaded text as a page to this file")},
-}
-
-
-def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
-    """Defaults, then a preset, a record's config or a checkpoint's sizes, then flags; weights, if any."""
+def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
+    """Defaults, then a preset, a record's config or a checkpoint's sizes (and `also` other fields of it),
+    then flags; and the checkpoint's weights, if there is one."""
     settings, weights = dict(PRESETS.get(explicit.get("preset"), {})), None
     if explicit.get("config"):
         settings |= recorded_settings(Path(explicit["config"]))
-    if command == "train" and not explicit.get("resume"):
-        explicit = explicit | restarted_record(settings | explicit)
+    explicit = restarted_record(settings | explicit) | explicit
     if explicit.get("resume"):
         path = Path(explicit["resume"]) / "config.json"
         if not path.exists():
@@ -2121,17 +1714,12 @@ def resolve(command: str, args, explicit: dict) -> tuple[Config, dict | None]:
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
             raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record "
                             f"{explicit['resume']}, which has {settings.get(wrong[0])}: leave the flag out")
-    if "control" in explicit and not explicit.get("resume"):  # another rule's coefficients are its own
+    elif "control" in explicit or "control" in also:  # another rule's coefficients are its own
         settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}
-    source = args.checkpoint if command != "train" else explicit.get("init_from", settings.get("init_from"))
+    source = explicit.get("init_from", settings.get("init_from"))
     if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
         stored, weights = read_weights(source)
-        also = () if command == "train" else ("val_files", "val_tokens", "device_batch_size", "dtype")
         settings |= checkpoint_settings(stored, explicit, source, also)
-        if settings.get("control") == "dense" and "control" not in explicit:
-            settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}  # a preset's
-    if command != "train":  # only micro-batches count
-        explicit["batch_size"] = (settings | explicit).get("device_batch_size", Config.device_batch_size)
     return Config(**(settings | explicit)), weights
 
 
@@ -2155,94 +1743,6 @@ def recorded_settings(path: Path) -> dict:
     return settings
 
 
-def run_eval(cfg: Config, weights: dict, args) -> int:
-    rt = Runtime(cfg)
-    if args.text or args.hellaswag:
-        model = build_model(cfg, rt, weights, args.checkpoint)
-        lines = [evaluate_text(model, rt, path) for path in args.text]
-        print(*lines, *([evaluate_hellaswag(model, rt, args.hellaswag)] if args.hellaswag else []), sep="\n")
-        return 0
-    shards = Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")
-    model, depths = build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
-    if rt.compile:  # before the clock starts
-        tokens = torch.zeros(cfg.device_batch_size, cfg.max_seq_len, dtype=torch.int64, device=rt.device)
-        with torch.no_grad(), rt.autocast():
-            model(tokens, tokens)
-    result = evaluate(model, cfg, rt, shards, watch=depths.add if cfg.gated else None)
-    tables = depths.tables() if cfg.gated else {}
-    if rt.main:
-        sparsity = mean(result["gate_zero"])
-        print(f"cross_entropy {result['cross_entropy']:.6f} nats a token over {result['tokens']} tokens")
-        if per_token := shards.bytes_per_token():
-            print(f"bits a byte {result['cross_entropy'] / math.log(2) / per_token:.4f}")
-        print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
-        print(f"FLOPs a token: {result['flops_per_token']:.4g} realised, "
-              f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
-        print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
-        for title, rows in tables.items():
-            print(f"mean depth of {cfg.n_layers} blocks, by {title}")
-            shown = rows if len(rows) < 20 else rows[:10] + rows[-10:]
-            print(*(f"  {name:16s} {depth:6.2f}  ({n} tokens)" for name, depth, n in shown), sep="\n")
-        if args.depth:
-            new_file(args.depth, "--depth", json.dumps(tables, indent=1))
-    return 0
-
-
-def new_file(path: str, name: str, text: str):
-    try:
-        with open(path, "x", encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise UserError(f"{name} {path} cannot be written: {e.strerror}; name another file")
-
-
-def run_export(cfg: Config, weights: dict, args) -> int:
-    folder = Path(args.out)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"--out {folder} cannot be made: {e.strerror}; name a new folder")
-    model = MiddleSkippingTransformer(cfg)
-    load_weights(model, weights, args.checkpoint)
-    export_released(model, folder) if args.to == "released" else model.save_pretrained(folder)
-    print(f"wrote {folder}")
-    return 0
-
-
-def run_sample(cfg: Config, weights: dict, args) -> int:
-    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and (args.top_k is None or args.top_k > 0)):
-        raise UserError("sampling needs --temperature of at least 0, --top_p above 0 and at "
-                        "most 1, --top_k above 0")
-    if args.max_new_tokens < 0 or args.num_samples < 1:
-        raise UserError("sampling needs --max_new_tokens of at least 0 and --num_samples of at least 1")
-    rt, encoding = Runtime(cfg), get_encoding(encoding_name(cfg))
-    prompt = encode(cfg, args.prompt)
-    if len(prompt) >= cfg.max_seq_len:
-        raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")
-    model = build_model(cfg, rt, weights, args.checkpoint)
-    for new_tokens in ([2] if rt.compile else []) + [args.max_new_tokens]:  # the first compiles
-        start = time.perf_counter()
-        with rt.autocast():
-            out, cache_bytes = generate(model, [prompt] * args.num_samples, new_tokens, args.temperature,
-                                        args.top_k, args.top_p, cfg.seed, encoding.eot_token,
-                                        encoding.n_vocab)
-    seconds, new = time.perf_counter() - start, sum(len(row) - len(prompt) for row in out)
-    samples = [(pieces(row[1:], encoding), len(pieces(row[1:len(prompt)], encoding))) for row in out]
-    for text, _ in samples:
-        print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(s for s, _ in text))
-    if args.show_depth:
-        print("blocks run: " + " ".join(terminal_text([(f" {d} ", Token(0, d, 1.0))], cfg.n_layers)
-                                        for d in range(0, cfg.n_layers + 1, 2)))
-    depth = mean([t.depth for row in out for t in row])
-    note = f"{new} new tokens, {new / seconds:.0f} tokens/s, {depth:.1f} of {cfg.n_layers} blocks a token, " \
-           f"cache {cache_bytes:,} bytes"
-    print(note, file=sys.stderr)
-    if args.html:
-        title = f"{Path(args.checkpoint).name}: {note}"
-        new_file(args.html, "--html", html_page(samples, cfg.n_layers, title))
-    return 0
-
-
 # what gloo, nccl, the store say
 LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")
 
@@ -2251,16 +1751,13 @@ def report(kind: str, what, own: bool = False):
     """One line on standard error: of what only this rank may see, or, once a machine, of what all see."""
     if own or os.environ.get("LOCAL_RANK", "0") == "0":
         rank = f"rank {os.environ['RANK']}: " if own and "RANK" in os.environ else ""
-        print(f"train_gpt_skip.py: {kind}: {rank}{' '.join(str(what).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {kind}: {rank}{' '.join(str(what).split())}", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
+def exit_status(run: Callable[[], int]) -> int:
+    """What run() returns; or, where it fails by what a user can mend, one line and a status."""
     try:
-        command, args, explicit = parse(sys.argv[1:] if argv is None else argv)
-        cfg, weights = resolve(command, args, explicit)
-        if command == "train":
-            return train(cfg, weights)
-        return {"eval": run_eval, "sample": run_sample, "export": run_export}[command](cfg, weights, args)
+        return run()
     except (UserError, OSError) as e:
         report("error", e, isinstance(e, (RankError, OSError)))
         return 2
@@ -2281,6 +1778,16 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    def run():
+        parser = Parser("train_gpt_skip.py", description="Train a model and write a record.",
+                        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+                        epilog="A finished run is looked at with ./run.sh eval, sample and export (--help).")
+        return train(*resolve(parse_settings(parser, argv)[1]))
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

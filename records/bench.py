@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt_skip as tgs  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import sample  # noqa: E402
+from sample import tgs  # noqa: E402
 
 CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4,
                 batch_size=4)
@@ -121,7 +122,7 @@ class Bench:
             if variant == "eager":
                 eager_forward(self.model, self.x, None)
                 return None
-            decoder = tgs.Decoder(self.model, len(self.x))
+            decoder = sample.Decoder(self.model, len(self.x))
             decoder.append(dict(enumerate(self.rows)))
             return decoder
 
@@ -228,7 +229,7 @@ def measure_decoding(bench, batch, rounds, report, products):
         products.time(rt)
         for v in variants:
             bench.use(*v)
-            decoder = tgs.Decoder(bench.model, batch)
+            decoder = sample.Decoder(bench.model, batch)
             bench.forced.skip = bench.skip(v[1] or 0.0, batch * context)
             with rt.autocast():
                 decoder.append({b: [1] * context for b in range(batch)})

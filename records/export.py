@@ -1,0 +1,55 @@
+"""Write a checkpoint as a hub folder or in the authors' layout.
+
+    ./run.sh export --checkpoint records/X --out folder                   # model.safetensors and config.json
+    ./run.sh export --checkpoint records/X --to released --out folder     # state_step0.pt and config.json
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import tool  # noqa: E402
+from tool import Config, UserError, tgs  # noqa: E402
+from train_gpt_skip import MiddleSkippingTransformer  # noqa: E402
+
+OPTIONS = {
+    "to": dict(default="hub", choices=("hub", "released"), help="layout (default: hub)"),
+    "out": dict(required=True, help="new folder to write"),
+}
+
+
+def export_released(model: MiddleSkippingTransformer, folder: Path):
+    """The authors' layout: state_step0.pt and config.json; a dense model with routers that are all zero."""
+    cfg, state = model.cfg, dict(model.state_dict())
+    if not cfg.gated:
+        for l in range(cfg.n_levels):
+            state[f"masks.{l}.linear.weight"] = torch.zeros(1, cfg.dim)
+            state[f"masks.{l}.linear.bias"] = torch.zeros(1)
+    settings = {k: getattr(cfg, k) for k in tgs.SIZES} | {
+        "multiple_of": 256, "initializer_range": cfg.initializer_range, "zero_init_masks": not cfg.gated}
+    text = json.dumps({"model": settings}, indent=1)
+    tgs.write_atomically(folder / "config.json", lambda f: f.write(text.encode()))
+    tgs.write_atomically(folder / "state_step0.pt", lambda f: torch.save({"step": 0, "model": state}, f))
+
+
+def run(cfg: Config, weights: dict, args) -> int:
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"--out {folder} cannot be made: {e.strerror}; name a new folder")
+    model = MiddleSkippingTransformer(cfg)
+    tgs.load_weights(model, weights, args.checkpoint)
+    export_released(model, folder) if args.to == "released" else model.save_pretrained(folder)
+    print(f"wrote {folder}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return tool.main(run, __doc__, OPTIONS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
