@@ -1133,7 +1133,7 @@ class Ranks:
         return "".join(path.read_text() for path in self.outputs if path.exists())
 
     def errors(self):
-        return [line for line in self.text().splitlines() if line.startswith("train_gpt_skip.py: ")]
+        return [line for line in self.text().splitlines() if re.match(r"\S+\.py: ", line)]
 
 
 def wait_for(condition, seconds=60):

@@ -3,7 +3,7 @@
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
-float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the order of the paper;
+float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the paper's order;
 what looks at a finished run is a tool in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
@@ -46,7 +46,7 @@ class RankError(UserError):
 CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the coefficients never move)
     "dense": (0.0, 0.0, 0.0), "none": (0.0, 0.0, 0.0), "sparsity": (0.01, 0.0, 0.0),
     "sparsity_variance": (0.01, -0.01, 0.0), "sparsity_variance_l2": (0.1, 0.1, 0.0),
-    "adaptive": (0.0, 0.0, 1e-3), "proportional": (0.0, 0.0, 1e-3),
+    "random": (0.0, 0.0, 0.0), "adaptive": (0.0, 0.0, 1e-3), "proportional": (0.0, 0.0, 1e-3),
     "proportional_derivative": (0.0, 0.0, 1e-2),
 }
 
@@ -89,6 +89,7 @@ class Config:
     val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
     val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
+    shuffle: bool = flag(False, "take a shard's sequences in a random order, seeded, new each pass")
     encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2",
                                 "bytes")
     # batch
@@ -109,13 +110,15 @@ class Config:
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
     config: str | None = flag(None, "start from the settings of a record's config.json (a file)")
     name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
-    seed: int = flag(0, "seed of the initial weights", allow="at least 0")
+    seed: int = flag(0, "seed of the initial weights, of --shuffle and of --control random",
+                     allow="at least 0")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
     dtype: str | None = flag(None, "of products (default: bfloat16 on cuda only)", "bfloat16", "float32")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
     val_every: int = flag(100, "steps between validations")
     save_every: int = flag(1000, "steps between checkpoints")
     log_every: int = flag(1, "steps between lines of the log")
+    metrics_every: int = flag(1, "steps between training events of metrics.jsonl")
     target_loss: float | None = flag(None, "stop when the validation loss (nats a token) reaches this",
                                      allow="any")
     records_dir: str = flag("records", "folder that holds the records")
@@ -147,7 +150,8 @@ class Config:
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
-        yield self.control not in ("dense", "none") or not (self.mean_coef_init or self.var_coef_init), (
+        lossless = self.control in ("dense", "none", "random")
+        yield not (lossless and (self.mean_coef_init or self.var_coef_init)), (
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
@@ -173,6 +177,10 @@ class Config:
         return self.control != "dense"
 
     @property
+    def n_routers(self):
+        return 0 if self.control in ("dense", "random") else self.n_levels
+
+    @property
     def step_tokens(self):
         return self.batch_size * self.max_seq_len
 
@@ -185,15 +193,16 @@ class Config:
 OF_CONTROL = {"mean_coef_init", "var_coef_init", "coef_update"}
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
+GATE_FIELDS = ["control", "mean_target_start", "mean_target_end", "seed"]  # what its gates follow from
 
 PRESETS = {
     "gated": dict(),
     "dense": dict(control="dense"),
     "demo": dict(
-        dim=128, n_layers=8, n_heads=4, vocab_size=257, max_seq_len=256, encoding="bytes",
+        dim=64, n_layers=8, n_heads=2, vocab_size=257, max_seq_len=256, encoding="bytes",
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=65536,
-        batch_size=8, device_batch_size=8, lr=2e-3, num_steps=600, val_every=100, save_every=200,
-        mean_target_end=0.25, coef_update=0.03, dtype="float32"),
+        shuffle=True, batch_size=16, device_batch_size=16, lr=3e-3, num_steps=1000, val_every=100,
+        save_every=500, mean_target_end=0.25, coef_update=0.03, dtype="float32"),
 }
 
 
@@ -564,6 +573,16 @@ def gate(S: Tensor) -> Tensor:
     return F.relu(1 - S)
 
 
+def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) a token (n,), hashed from its id, position and the seed: the same in training and
+    decoding and on any number of ranks."""
+    x = (tokens << 32) + (pos << 12) + seed + 1
+    for multiplier in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        x = x * (multiplier - 2**64)  # as int64, that wraps
+        x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return ((x >> 40) & 0xFFFFFF) / 2**24
+
+
 EAGER = Block.before, Block.after
 
 
@@ -580,7 +599,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.input_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.masks = nn.ModuleList(Router(cfg.dim) for _ in range(cfg.n_levels if cfg.gated else 0))
+        self.masks = nn.ModuleList(Router(cfg.dim) for _ in range(cfg.n_routers))
         self.output_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(cfg)):
@@ -615,7 +634,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
         h = self.input_norm(self.tok_embeddings(padded(tokens, 0)))
         if self.cfg.gated:
-            S = padded(torch.zeros(n, device=tokens.device), 1.0)  # S = 1: padding skips every block
+            S = torch.zeros(n, device=tokens.device) if self.masks else coin(tokens, pos, self.cfg.seed)
+            S = padded(S, 1.0)  # S = 1: padding skips every block
             h = self.span(h, S, layout, 0, depth, stats, cache)
         else:
             for l in range(self.cfg.n_layers):
@@ -632,8 +652,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         """
         if l == self.cfg.n_levels:
             return h
-        S = S + self.masks[l](h)
-        g = gate(S)
+        S = S + self.masks[l](h) if self.masks else S
+        g = self.gate(S, l)
         keep = None if self.cfg.compute == "masked" else g.nonzero()[:, 0]  # a level's one wait for the host
         if keep is None or len(keep) == layout.n:
             x, keep = h, None
@@ -641,7 +661,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
             seq, pos, row = layout.seq[keep], layout.pos[keep], layout.row[keep]
             layout = make_layout(seq, pos, row, len(layout.counts), (self.cos, self.sin))
             x, S = h.index_select(0, padded(keep, 0)), padded(S[keep], 1.0)
-            g = gate(S)
+            g = self.gate(S, l)
         if layout.n == 0 and cache is not None:  # (in training blocks run on nothing: each needs a gradient)
             return h
         if stats is not None:
@@ -652,8 +672,13 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         x = self.block(self.cfg.n_layers - 1 - l, x, g, layout, cache)
         return x if keep is None else h.index_copy(0, keep, x[:layout.n])
 
+    def gate(self, S: Tensor, l: int) -> Tensor:
+        """Gates of level l by Eq. 2; with --control random, where S is a coin in [0, 1), 1 as often as the
+        level's target asks, and as nested."""
+        return gate(S) if self.masks else (S < min(mean_targets(self.cfg)[:l + 1])).float()
+
     def _save_pretrained(self, save_directory: Path):
-        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, "control"]}
+        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, *GATE_FIELDS]}
         settings["encoding"] = self.cfg.tokeniser
         (Path(save_directory) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         export_weights(self, Path(save_directory) / "model.safetensors")
@@ -662,7 +687,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     def _from_pretrained(cls, *, model_id: str, revision=None, **settings):
         stored, state = read_weights(str(model_id), revision)
         flags = {f.name: settings[f.name] for f in dataclasses.fields(Config) if f.name in settings}
-        model = cls(Config(**checkpoint_settings(stored, flags, model_id, ["control"]) | flags))
+        model = cls(Config(**checkpoint_settings(stored, flags, model_id, GATE_FIELDS) | flags))
         load_weights(model, state, model_id)
         return model
 
@@ -753,6 +778,12 @@ def gate_report(stats: Tensor, n: int) -> dict:
             "gate_zero": mirrored(1 - stats[:, 2] / n)}
 
 
+def mean_targets(cfg: Config) -> list[float]:
+    """mu_l of the first L/2 levels: linearly spaced."""
+    return torch.linspace(cfg.mean_target_start, cfg.mean_target_end, cfg.n_levels,
+                          dtype=torch.float64).tolist()
+
+
 class GateControl:
     """Coefficients alpha (of the mean) and beta (of the variance) of every level, and what moves them.
 
@@ -760,7 +791,7 @@ class GateControl:
     """
 
     def __init__(self, cfg: Config, device):
-        mu = torch.linspace(cfg.mean_target_start, cfg.mean_target_end, cfg.n_levels, dtype=torch.float64)
+        mu = torch.tensor(mean_targets(cfg), dtype=torch.float64)
         self.rule, self.gamma, self.delta = cfg.control, cfg.coef_update, cfg.tolerance
         self.target = torch.stack((mu, mu * (1 - mu))).to(device)  # a Bernoulli variable's
         init = torch.tensor([[cfg.mean_coef_init], [cfg.var_coef_init]], dtype=torch.float64, device=device)
@@ -820,7 +851,7 @@ def estimated_flops(cfg: Config, sparsity: float = 0.0) -> float:
     scores = 4 * T * T * d + H * T * T * (2 + exp + 2)  # two products; scale, mask, softmax
     ffn = 6 * T * d * m + T * m * (exp + 4 + 1)  # three products; SiLU, gating
     block = projections + rotary + scores + ffn + (4 if cfg.norm == "sandwich" else 2) * norm + 4 * T * d
-    routers = cfg.n_layers * T * d + (cfg.n_levels - 1) * T if cfg.gated else 0
+    routers = cfg.n_layers * T * d + (cfg.n_levels - 1) * T if cfg.n_routers else 0
     return 2 * norm + routers + (1 - sparsity) * cfg.n_layers * block + 2 * T * d * cfg.vocab_size
 
 
@@ -831,7 +862,7 @@ def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> floa
     rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
     weights = cfg.dim * (2 * cfg.dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.hidden_dim)  # of a block
     blocks = 2 * (2 * rows * weights + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
-    routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.gated else 0.0
+    routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.n_routers else 0.0
     return float(blocks + routers + 2 * (n if heads is None else heads) * cfg.dim * cfg.vocab_size)
 
 
@@ -913,10 +944,11 @@ class Shards:
 
 
 class TrainLoader:
-    """Contiguous blocks of batch_size T (+1) tokens; micro-batch a of rank r of R is window a R + r of each.
+    """A step takes batch_size sequences of T (+1) tokens, as they lie in a shard or (`shuffle`) in the order
+    of a permutation; micro-batch a of rank r of R gets the (a R + r)-th device_batch_size of them.
 
-    A tail too short for a block is dropped; after the last shard comes the first. `place`, the (shard,
-    position) of the next step's block, is all that a checkpoint needs. A thread reads one micro-batch ahead.
+    A tail too short for a step is dropped; after the last shard comes the first. `place`, the (shard,
+    position, pass) of the next step, is all that a checkpoint needs. A thread reads one micro-batch ahead.
     """
 
     def __init__(self, shards: Shards, cfg: Config, rt: Runtime):
@@ -926,29 +958,39 @@ class TrainLoader:
         if not self.steps_per_pass:
             raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {self.block + 1} "
                             "tokens; use a smaller --batch_size or longer shards")
-        self.pool = ThreadPoolExecutor(1)
-        self.seek((0, 0))
+        self.pool, self.order = ThreadPoolExecutor(1), functools.lru_cache(1)(self.permutation)
+        self.seek((0, 0, 0))
 
-    def seek(self, place: tuple[int, int]):
+    def permutation(self, shard: int, turn: int) -> np.ndarray:
+        """Where a shard's sequences start, in the order of a pass."""
+        T, shuffle = self.cfg.max_seq_len, np.random.default_rng((self.cfg.seed, turn, shard)).permutation
+        starts = np.arange((len(self.shards.tokens[shard]) - 1) // T) * T
+        return shuffle(starts) if self.cfg.shuffle else starts
+
+    def seek(self, place: tuple):
         self.place = self.fit(*place)
         self.pending = self.pool.submit(self.read, self.place, 0)
 
-    def fit(self, shard: int, position: int) -> tuple[int, int]:
-        """The first place from here on that holds a whole block."""
+    def fit(self, shard: int, position: int, turn: int = 0) -> tuple[int, int, int]:
+        """The first place from here on that holds a whole step."""
         while position + self.block + 1 > len(self.shards.tokens[shard]):
-            shard, position = (shard + 1) % len(self.shards.tokens), 0
-        return shard, position
+            shard, position = shard + 1, 0
+            if shard == len(self.shards.tokens):
+                shard, turn = 0, turn + 1
+        return shard, position, turn
 
-    def read(self, place, a) -> tuple[Tensor, Tensor]:
-        B, T = self.cfg.device_batch_size, self.cfg.max_seq_len
-        start = place[1] + (a * self.rt.world + self.rt.rank) * B * T
-        window = self.shards.window(place[0], start, B * T + 1)
-        window = window.pin_memory() if self.rt.device.type == "cuda" else window
-        return window[:-1].view(B, T), window[1:].view(B, T)
+    def read(self, place: tuple, a: int) -> tuple[Tensor, Tensor]:
+        B, T, (shard, position, turn) = self.cfg.device_batch_size, self.cfg.max_seq_len, place
+        first = position // T + (a * self.rt.world + self.rt.rank) * B
+        starts = self.order(shard, turn)[first:first + B]
+        batch = torch.stack([self.shards.window(shard, start, T + 1) for start in starts])  # (B, T + 1)
+        batch = batch.pin_memory() if self.rt.device.type == "cuda" else batch
+        return batch[:, :-1], batch[:, 1:]
 
     def micro_batches(self):
         """(inputs, targets) of this rank's micro-batches of the next step, each (device_batch_size, T)."""
-        following = self.fit(self.place[0], self.place[1] + self.block)
+        shard, position, turn = self.place
+        following = self.fit(shard, position + self.block, turn)
         for a in range(self.accumulation):
             batch = self.pending.result()
             ahead = (self.place, a + 1) if a + 1 < self.accumulation else (following, 0)
@@ -1067,6 +1109,14 @@ class Record:
             return [json.loads(line) for line in f]
 
 
+def rounded(event: dict) -> dict:
+    """Six significant digits of every number: what a record keeps."""
+    def short(x):
+        return float(f"{x:.6g}") if isinstance(x, float) else [*map(short, x)] if isinstance(x, list) else x
+
+    return {k: short(v) for k, v in event.items()}
+
+
 def make_folder(parent: Path, name: str) -> Path:
     """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
@@ -1176,7 +1226,7 @@ def plot(events: list[dict], cfg: Config, path: Path):
     axes[0].set(title="Loss", ylabel="cross-entropy (nats a token)")
     axes[0].legend(frameon=False)
     if cfg.gated:
-        target = GateControl(cfg, "cpu").target[0].tolist()
+        target = mean_targets(cfg)
         for l in levels:
             label = f"{l} and {cfg.n_layers - 1 - l}"
             axes[1].plot(steps, [e["gate_mean"][l] for e in train], color=colors[l], lw=1.2, label=label)
@@ -1324,7 +1374,7 @@ class Trainer:
         cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "")
         self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
-        self.parallel, self.train_s, self.first_step = self.model, 0.0, 0
+        self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
         self.compile_s = self.warm_up() if rt.compile else 0.0
         self.graphs = graphs_compiled()
@@ -1381,11 +1431,14 @@ class Trainer:
         rt.synchronize()
         self.stopping = host[2] > 0
         self.train_s += (seconds := time.perf_counter() - start)
-        return {"step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
-                "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
-                "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
-                **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
-                "var_coef": mirrored(self.control.coef[1]), **imbalance(active.tolist())}
+        if self.train_flops is not None:
+            self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
+        return rounded({
+            "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
+            "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
+            "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
+            **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
+            "var_coef": mirrored(self.control.coef[1]), **imbalance(active.tolist())})
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
@@ -1399,7 +1452,7 @@ class Trainer:
         event = evaluate(self.model, self.cfg, self.rt, self.shards["val"])
         if not math.isfinite(event["cross_entropy"]):
             raise Divergence(f"the validation loss is not finite at step {step}")
-        return {"step": step, **event}
+        return rounded({"step": step, **event})
 
     def save(self, step: int, record: Record, keep: int = 2):
         if not self.rt.main:
@@ -1407,6 +1460,7 @@ class Trainer:
         os.fsync(record.metrics.fileno())
         state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
+                 "train_flops": self.train_flops,
                  "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
         write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
         for path in checkpoints(record.folder)[:-keep]:
@@ -1419,7 +1473,7 @@ class Trainer:
             self.control.load_state_dict(state["control"])
             self.loader.seek(tuple(state["place"]))
             torch.set_rng_state(state["rng"])
-            self.train_s = float(state["train_s"])
+            self.train_s, self.train_flops = float(state["train_s"]), state.get("train_flops")
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
             own = {p: {k: self.optimizer.state[p][k].shape for k in ("exp_avg", "exp_avg_sq")}
                    for p in self.model.parameters()}
@@ -1503,7 +1557,8 @@ def train(cfg: Config, weights: dict | None) -> int:
         if step == cfg.num_steps:
             break
         event = trainer.train_step(step)
-        record.event("train", **event)
+        if step % cfg.metrics_every == 0:
+            record.event("train", **event)
         if step % cfg.log_every == 0:
             record.say(step_line(event, cfg), step_line=True)
         if record.bar:
@@ -1603,7 +1658,6 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
     peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
     estimated = estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len
-    train_flops = 3 * mean([realised_of_event(cfg, e) for e in steps]) if steps else 0.0
     rate = step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0
     return {
         "interrupted": False, "step": step,
@@ -1613,22 +1667,14 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
-        "mfu": rate * train_flops / (peak * rt.world) if peak else None,
+        "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
+        "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
         "gated_step_seconds": seconds["gated"], "dense_step_seconds": seconds["dense"],
         "averaged_step_seconds": seconds.get("averaged"),
         "all_reduce_seconds": seconds["all_reduce"] if rt.world > 1 else None,
         "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
         "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
     }
-
-
-def realised_of_event(cfg: Config, event: dict) -> float:
-    """Forward FLOPs a token of a training step, from its record; pairs as if each sequence skipped alike."""
-    open_share = 1 - torch.tensor(event["gate_zero"][:cfg.n_levels], dtype=torch.float64)
-    T = cfg.max_seq_len
-    rows = open_share * T if cfg.compute == "packed" else torch.full_like(open_share, T)
-    pairs = rows * (rows + 1) / 2
-    return realised_flops(cfg, torch.stack((rows, rows, rows, pairs), 1), T) / T
 
 
 def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:

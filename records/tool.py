@@ -9,7 +9,7 @@ import tokenize_text  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
 from train_gpt_skip import Config, UserError  # noqa: E402
 
-FROM_CHECKPOINT = "control", "val_files", "val_tokens", "batch_size", "device_batch_size", "dtype"
+FROM_CHECKPOINT = *tgs.GATE_FIELDS, "val_files", "val_tokens", "batch_size", "device_batch_size", "dtype"
 
 
 def main(run, doc: str, options: dict, argv: list[str] | None = None) -> int:
