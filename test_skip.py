@@ -245,6 +245,22 @@ def test_no_position_sees_a_later_one(compute):
     assert not torch.allclose(a[:, 5:], b[:, 5:])
 
 
+def test_random_gates_are_open_as_often_as_their_targets_ask_nested_and_the_same_in_decoding():
+    model, cfg = random_model(5, control="random", n_layers=6, mean_target_start=0.9, mean_target_end=0.2,
+                              vocab_size=257, max_seq_len=64)
+    inputs, targets = random_tokens(cfg, 64, 64)
+    with torch.no_grad():
+        _, stats, depth = model(inputs, targets)
+        torch.testing.assert_close(stats[:, 2] / inputs.numel(), torch.tensor([0.9, 0.55, 0.2]).double(),
+                                   rtol=0, atol=0.03)
+        assert torch.equal(stats[:, 0], stats[:, 2]) and not model.masks
+        check_decoding(model, [[1, 2, 3], [4]], 12)
+        model.cfg.compute = "masked"
+        torch.testing.assert_close(model(inputs, targets)[1][:, :3], stats[:, :3])
+    model.cfg = Config(**TINY | dict(control="random", n_layers=6, seed=1, max_seq_len=64, vocab_size=257))
+    assert not torch.equal(model(inputs, targets)[2], depth)
+
+
 def test_a_gate_that_has_reached_zero_passes_no_gradient():
     S = torch.tensor([0.0, 0.5, 1.0, 1.5], requires_grad=True)
     g = tgs.gate(S)
@@ -743,6 +759,36 @@ def test_a_loader_goes_on_from_the_place_that_a_checkpoint_holds(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_shuffled_pass_takes_every_sequence_once_in_an_order_that_seed_and_pass_decide(tmp_path):
+    """Whatever the number of ranks; from any place it goes on; the next pass has another order."""
+    for i, n in enumerate((8 * 12 + 1, 8 * 9 + 5)):
+        write_shard(tmp_path / f"s{i}.bin", np.arange(n) // 8 + 20 * i)  # a sequence is 8 times its number
+
+    def steps(count, world=1, place=(0, 0, 0), seed=1):
+        cfg = Config(**TINY | dict(vocab_size=99, shuffle=True, seed=seed))
+        loaders = [tgs.TrainLoader(tgs.Shards(str(tmp_path / "*.bin"), None, 99, "f"), cfg, Rank(r, world))
+                   for r in range(world)]
+        out = []
+        for loader in loaders:
+            loader.seek(place)
+        for _ in range(count):
+            batches = [list(loader.micro_batches()) for loader in loaders]
+            out.append([batches[r][a][0][b, 0].item() for a in range(len(batches[0])) for r in range(world)
+                        for b in range(len(batches[0][0][0]))])
+        return out, loaders[0].place
+
+    once, _ = steps(5)
+    first, second = sum(once[:3], []), sum(once[3:], [])
+    assert sorted(first) == list(range(12)) and first != sorted(first)
+    assert len(set(second)) == 8 and set(second) <= set(range(20, 29)) and second != sorted(second)
+    both, _ = steps(10)
+    assert both[:5] == once and sorted(sum(both[5:8], [])) == list(range(12)) and both[5:8] != once[:3]
+    assert steps(10, world=2)[0] == both != steps(10, seed=2)[0]
+    for k in range(1, 10):
+        _, place = steps(k)
+        assert steps(10 - k, place=place)[0] == both[k:]
+
+
 def test_train_tokens_limits_the_training_set_and_val_tokens_the_validation_set(tmp_path):
     write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100))
     shards = tgs.Shards(str(tmp_path / "a_*.bin"), 130, 1000, "train_files")
@@ -1012,17 +1058,66 @@ def test_texts_and_hellaswag_are_scored_by_log_probability(tmp_path, capsys):
                      str(tmp_path / "a.txt")]) == 2 and "is not the model's" in capsys.readouterr().err
 
 
-def test_a_record_of_any_batch_size_is_evaluated_and_a_dense_one_trained_on_under_a_preset(tmp_path, corpus):
-    argv = flags(corpus, tmp_path / "a", control="dense", num_steps=1, batch_size=6, device_batch_size=6)
+def test_a_record_of_any_batch_size_is_evaluated(tmp_path, corpus):
+    argv = flags(corpus, tmp_path, control="dense", num_steps=1, batch_size=6, device_batch_size=6)
     assert tgs.main(argv) == 0
-    record = only_record(tmp_path / "a")
+    record = only_record(tmp_path)
     assert evaluate.main(["--checkpoint", str(record)]) == 0
     assert evaluate.main(["--checkpoint", str(record), "--device_batch_size", "5"]) == 0
-    argv = flags(corpus, tmp_path / "b", preset="demo", init_from=record, num_steps=1)
-    sizes = [f"--{k}" for k in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")]
-    argv = [x for k, v in zip(argv[::2], argv[1::2]) if k not in sizes for x in (k, v)]
+
+
+@pytest.mark.parametrize("layout", ["a record", "released"])
+def test_a_dense_checkpoint_is_retrofitted_with_new_routers_that_then_learn(tmp_path, corpus, layout):
+    """Its weights are loaded, the routers are those of a new run with the seed; the log says so. Trained on
+    under --control dense it stays dense."""
+    assert tgs.main(flags(corpus, tmp_path / "a", control="dense", num_steps=4)) == 0
+    source = only_record(tmp_path / "a")
+    want = tgs.read_weights(str(source))[1]
+    if layout == "released":  # with routers that are all zero, from which nothing would ever learn
+        released = tmp_path / "released"
+        assert export.main(["--checkpoint", str(source), "--to", "released", "--out", str(released)]) == 0
+        source = released
+    for name, kw in (("gated", dict(num_steps=30, mean_target_end=0.2, coef_update=0.3, lr=1e-2)),
+                     ("dense", dict(control="dense", num_steps=0))):
+        argv = flags(corpus, tmp_path / name, init_from=source, save_every=30, seed=3, **kw)
+        assert tgs.main(argv) == 0
+        record = only_record(tmp_path / name)
+        log, first = (record / "log.txt").read_text(), events(record, "val")[0]
+        assert f"weights: from {source}" in log and ("2 routers are new" in log) == (name == "gated")
+        assert ("masks.0.linear.weight" in tgs.read_weights(str(record))[1]) == (name == "gated")
+    last = events(only_record(tmp_path / "gated"), "val")[-1]
+    assert last["gate_zero"][1] > 0.3 > first["gate_zero"][1]
+    trainer = tgs.Trainer(*tgs.resolve(dict(init_from=str(source), train_files=str(corpus / "c_train_*.bin"),
+                                            val_files=str(corpus / "c_val_*.bin"), num_steps=1, seed=3,
+                                            batch_size=4, device_batch_size=4, device="cpu")))
+    new = MiddleSkippingTransformer(trainer.cfg)
+    tgs.initialise(new, trainer.cfg)
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(value, new.state_dict()[key] if key.startswith("masks.") else want[key]), key
+
+
+def test_a_dry_run_checks_what_a_run_would_prints_the_plan_and_writes_nothing(tmp_path, corpus, capsys,
+                                                                              monkeypatch):
+    """Its parameters, bytes and FLOPs are those that the run then has."""
+    argv = flags(corpus, tmp_path / "r", control="dense", num_steps=5)
+    before = sorted(tmp_path.rglob("*"))
+    assert tgs.main([*argv, "--dry_run"]) == 0 and sorted(tmp_path.rglob("*")) == before
+    plan = capsys.readouterr().out
     assert tgs.main(argv) == 0
-    assert json.loads((only_record(tmp_path / "b") / "config.json").read_text())["control"] == "dense"
+    record = only_record(tmp_path / "r")
+    summary = json.loads((record / "summary.json").read_text())
+    assert f"{summary['parameters']:,} parameters" in plan and "5,000 tokens in 2 shards" in plan
+    assert float(re.search(r"work: +(\S+)", plan)[1]) == pytest.approx(summary["train_flops"], rel=1e-2)
+    checkpoint = float(re.search(r"checkpoints of (\S+) kB", plan)[1])
+    assert 1e3 * checkpoint == pytest.approx((record / "checkpoint_5.pt").stat().st_size, rel=0.5)
+    assert "5 of 4 x 8 tokens, 160 in all" in plan and "ranks: 1, each with 2 x 2 sequences" in plan
+
+    assert tgs.main(["--resume", str(record), "--dry_run"]) == 0 and "0 of 4 x 8" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    refused_in_one_line(capsys, [*argv, "--dry_run"], "room for 1 kB", "checkpoints need")
+    bad = tmp_path / "bad.bin"
+    bad.write_bytes((corpus / "c_val_000000.bin").read_bytes()[:-2])
+    refused_in_one_line(capsys, [*argv, "--val_files", bad, "--dry_run"], "says 500 tokens")
 
 
 def test_importing_the_script_does_no_work():
@@ -1325,7 +1420,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, corpus):
 
 
 def test_an_interrupt_before_the_first_step_is_one_line_too(tmp_path, corpus, capsys, monkeypatch):
-    monkeypatch.setattr(tgs, "build_model", lambda *args: throw(KeyboardInterrupt))
+    monkeypatch.setattr(tgs, "build_model", lambda *args, **kw: throw(KeyboardInterrupt))
     refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted before the first step",
                         status=130)
     assert not (tmp_path / "r").exists()

@@ -13,7 +13,7 @@ what looks at a finished run is a tool in records/. Three commands:
 from __future__ import annotations
 
 import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
-import re, shlex, signal, subprocess, sys, time, warnings, zipfile
+import re, shlex, shutil, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1098,6 +1098,17 @@ class Record:
             from tqdm import tqdm
             self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
 
+    def advance(self, event: dict):
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity "
+                                     f"{mean(event['gate_zero']):.2f}, {event['tokens_per_s']:.0f} tokens/s",
+                                     refresh=False)
+            self.bar.update()
+
+    def plot(self):
+        if self.rt.main:
+            plot(self.events(), self.cfg, self.folder / "plot.png")
+
     def write(self, name: str, content):
         """A whole file or none: JSON of a dict, else text."""
         if self.rt.main:
@@ -1317,12 +1328,19 @@ def checkpoint_settings(settings: dict, explicit: dict, source: str, also=()) ->
     return fixed
 
 
-def load_weights(model: MiddleSkippingTransformer, state: dict, source: str):
-    """Load tensors of any float type; UserError where names or shapes are not the model's."""
+def is_dense(state: dict) -> bool:
+    """Has it no routers, or only such as are all zero, as the authors store dense models?"""
+    routers = [v for k, v in state.items() if k.startswith("masks.")]
+    return not any(v.any() if isinstance(v, Tensor) else True for v in routers)
+
+
+def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, retrofit=False):
+    """Load tensors of any float type; UserError where names or shapes are not the model's. To retrofit is to
+    leave the model's routers as they are if the checkpoint is dense."""
     own = model.state_dict()
-    if not model.cfg.gated:  # a dense model may be stored with routers that are all zero
-        state = {k: v for k, v in state.items()
-                 if not (k.startswith("masks.") and isinstance(v, Tensor) and not v.any())}
+    if is_dense(state) and (retrofit or not model.masks):
+        routers = {k: v for k, v in own.items() if k.startswith("masks.")}
+        state = {k: v for k, v in state.items() if not k.startswith("masks.")} | routers
     if wrong := sorted(own.keys() ^ state.keys()):
         which = "lacks" if wrong[0] in own else "also has"
         hint = "; try --control dense" if wrong[0].startswith("masks.") and wrong[0] in own else (
@@ -1346,12 +1364,12 @@ def export_weights(model: MiddleSkippingTransformer, path: Path):
 # ----------------------------------------------------------------------------------------------------------
 # Training.
 
-def build_model(cfg: Config, rt: Runtime, state: dict | None = None,
-                source: str = "") -> MiddleSkippingTransformer:
+def build_model(cfg: Config, rt: Runtime, state: dict | None = None, source: str = "",
+                retrofit=False) -> MiddleSkippingTransformer:
     model = MiddleSkippingTransformer(cfg)
     initialise(model, cfg)
     if state is not None:
-        load_weights(model, state, source)
+        load_weights(model, state, source, retrofit)
     model.to(rt.device)
     if rt.compile:
         model.compile()
@@ -1372,7 +1390,10 @@ class Trainer:
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
         cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
-        self.model = build_model(cfg, rt, weights, cfg.init_from or "")
+        self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
+        retrofit = weights is not None and cfg.n_routers and is_dense(weights)
+        self.origin = "new" if weights is None else f"from {cfg.init_from}" + (
+            f", which is dense: {cfg.n_routers} routers are new") * bool(retrofit)
         self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
@@ -1523,16 +1544,18 @@ class Divergence(Exception):
     """A loss or gradient that is not finite. Exit status 3."""
 
 
-def train(cfg: Config, weights: dict | None) -> int:
-    """The run of a configuration; returns the exit status."""
+def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
+    """The run of a configuration, or with dry_run only what it would be; returns the exit status."""
     state, source = latest_checkpoint(Path(cfg.resume)) if cfg.resume else (None, None)
-    trainer = Trainer(cfg, weights)
-    rt = trainer.rt
+    trainer = Trainer(dataclasses.replace(cfg, compile=False) if dry_run else cfg, weights)
+    rt, cfg = trainer.rt, trainer.cfg
     if state:
         trainer.restore(state, source)
     if rt.sum(torch.tensor(trainer.first_step, device=rt.device)) != rt.world * trainer.first_step:
         raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, "
                         "elsewhere of another: copy the record to every machine")
+    if dry_run:
+        return print_plan(trainer)
     record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
     history = open_record(trainer, record, state)
     install_signals(trainer)
@@ -1549,6 +1572,7 @@ def train(cfg: Config, weights: dict | None) -> int:
             history.append(event)
             record.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  validation "
                        f"{event['cross_entropy']:.4f} nats  sparsity {mean(event['gate_zero']):.3f}")
+            record.plot()
             if warning := failure_signature(cfg, step, event["cross_entropy"], history):
                 record.say(f"WARNING: {warning}")
             if reached:
@@ -1561,14 +1585,54 @@ def train(cfg: Config, weights: dict | None) -> int:
             record.event("train", **event)
         if step % cfg.log_every == 0:
             record.say(step_line(event, cfg), step_line=True)
-        if record.bar:
-            record.bar.update()
-            record.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity "
-                                       f"{mean(event['gate_zero']):.2f}")
+        record.advance(event)
         if trainer.stopping:
             trainer.save(step + 1, record)
             return finish_interrupted(trainer, record, step + 1)
     return finish(trainer, record, step, history)
+
+
+def print_plan(trainer: Trainer) -> int:
+    """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
+    cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
+    parameters, steps = sum(p.numel() for p in trainer.model.parameters()), cfg.num_steps - trainer.first_step
+    weights = 4 * parameters  # bytes; AdamW's two moments are as many each
+    folder = Path(cfg.records_dir).resolve()
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    free, need = shutil.disk_usage(folder).free, 10 * weights  # two checkpoints, a new one, model.safetensors
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--records_dir {cfg.records_dir} cannot be written: name another folder")
+    if need > free:
+        raise UserError(f"--records_dir {cfg.records_dir} has room for {size(free)}, checkpoints need "
+                        f"{size(need)}: make room, or name another folder")
+
+    def flops(shares):  # of a run in which levels see these shares of the tokens
+        stats = [[a * T, a * T, a * T, a * T * (a * T + 1) / 2] for a in shares]
+        return 3 * steps * cfg.batch_size * realised_flops(cfg, stats, T)
+
+    lines = [
+        f"{name + ':':6s} {sum(map(len, shards.tokens)):,} tokens in {len(shards.paths)} shards, "
+        f"{shards.paths[0]} to {shards.paths[-1].name}" for name, shards in trainer.shards.items()]
+    lines += [
+        f"model: {parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, {trainer.origin}",
+        f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
+        f"{steps / loader.steps_per_pass:.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
+        f"{cfg.device_batch_size} sequences a step",
+        f"work:  {flops([1.0] * cfg.n_levels):.3g} training FLOPs if no gate closes"
+        + f", {flops(mean_targets(cfg)):.3g} at the targets" * (cfg.gated and cfg.compute == "packed"),
+        f"bytes: a rank holds weights of {size(weights)}, gradients of {size(weights)}, moments of "
+        f"{size(2 * weights)}, and activations",
+        f"disk:  checkpoints of {size(3 * weights)}, {size(need)} at most; {size(free)} are free in {folder}",
+        f"{rt.device}, {str(rt.dtype).split('.')[1]}; nothing was written: start it without --dry_run"]
+    if rt.main:
+        print(*lines, sep="\n")
+    return 0
+
+
+def size(n: float) -> str:
+    """Bytes as a person reads them."""
+    power = min(4, int(math.log10(max(n, 1)) / 3))
+    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def step_line(event: dict, cfg: Config) -> str:
@@ -1622,6 +1686,7 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.say(f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
                f"control {cfg.control}"
                + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
+    record.say(f"weights: {trainer.origin}")
     record.say(f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
                f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
                f"{trainer.loader.accumulation} micro-batches each")
@@ -1691,7 +1756,7 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
     summary = summarise(trainer, step, history, seconds, [e for e in events if e["kind"] == "train"])
     summary["recompiles_after_warm_up"] = recompiles
     export_weights(trainer.model, record.folder / "model.safetensors")
-    plot(events, cfg, record.folder / "plot.png")
+    record.plot()
     record.write("summary.json", summary)
     closing_lines(record, summary, history[0]["cross_entropy"], cfg)
     return 0
@@ -1831,7 +1896,9 @@ def main(argv: list[str] | None = None) -> int:
         parser = Parser("train_gpt_skip.py", description="Train a model and write a record.",
                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
                         epilog="A finished run is looked at with ./run.sh eval, sample and export (--help).")
-        return train(*resolve(parse_settings(parser, argv)[1]))
+        parser.add_argument("--dry_run", action="store_true", help="check all, print the plan, write nothing")
+        args, explicit = parse_settings(parser, argv)
+        return train(*resolve(explicit), args.dry_run)
 
     return exit_status(run)
 
