@@ -1120,6 +1120,25 @@ def test_a_dry_run_checks_what_a_run_would_prints_the_plan_and_writes_nothing(tm
     refused_in_one_line(capsys, [*argv, "--val_files", bad, "--dry_run"], "says 500 tokens")
 
 
+def test_a_run_on_a_terminal_shows_loss_sparsity_speed_and_time_left_in_one_line(tmp_path, corpus):
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 90, 0, 0))
+    run = subprocess.run([sys.executable, ROOT / "train_gpt_skip.py", *map(str, flags(corpus, tmp_path))],
+                         stdout=subprocess.PIPE, stderr=stderr, timeout=60)
+    os.close(stderr)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert run.returncode == 0 and b"cross-entropy" not in run.stdout  # steps are lines of the file only
+    assert re.search(r"step 3/3 \|.*\| 00:00 left, loss \d\.\d+, sparsity 0\.\d+, \d+ tokens/s", shown)
+
+
+def test_the_plot_is_drawn_at_each_validation_and_at_the_end(tmp_path, corpus, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tgs, "plot", lambda events, cfg, path: drawn.append(events[-1]))
+    assert tgs.main(flags(corpus, tmp_path, num_steps=5, val_every=2)) == 0
+    assert [e["step"] for e in drawn] == [0, 2, 4, 5, 5] and {e["kind"] for e in drawn} == {"val"}
+
+
 def test_importing_the_script_does_no_work():
     code = ("import sys, train_gpt_skip; assert 'matplotlib' not in sys.modules; "
             "import torch.distributed as d; assert not d.is_initialized(); print('done')")

@@ -1096,7 +1096,8 @@ class Record:
     def progress(self, first: int, total: int):
         if self.rt.main and sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=first, dynamic_ncols=True,
+                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
 
     def advance(self, event: dict):
         if self.bar:

@@ -212,6 +212,8 @@ p, figcaption {{ font: .9rem/1.5 system-ui, sans-serif; color: var(--soft); marg
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 2rem; font: inherit; }}
 pre span {{ padding: .15em 0; }}
 pre span:hover {{ outline: 2px solid var(--text); }}
+pre span:hover::after {{ content: attr(data-is); position: fixed; left: 0; right: 0; bottom: 0; color: var(--back);
+  background: var(--text); padding: .3rem 1.2rem; white-space: pre; }}
 .prompt {{ border-bottom: 2px solid var(--soft); }}
 .legend {{ display: flex; gap: 1px; margin: 0 0 .4rem; font: .8rem/1.8 system-ui, sans-serif; }}
 .legend span {{ padding: 0 .7em; }}
@@ -232,7 +234,7 @@ def html_page(samples: list[tuple[list[tuple[str, Token]], int]], n_layers: int,
         p = "" if token.p is None else f", p = {token.p:.3f}"
         label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
         return (f'<span{" class=prompt" * prompt} style="background:rgb{color};'
-                f'color:{"#fff" if dark else "#222"}" title="{label}">{escape(piece)}</span>')
+                f'color:{"#fff" if dark else "#222"}" data-is="{label}">{escape(piece)}</span>')
 
     legend = "".join(span(str(d), Token(0, d, None)) for d in range(0, n_layers + 1, 2))
     body = [f"<pre>{''.join(span(*t, i < n) for i, t in enumerate(text))}</pre>" for text, n in samples]
