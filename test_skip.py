@@ -2577,6 +2577,27 @@ def report_run(capsys, *folders, out, draw=False):
     return status, capsys.readouterr().out
 
 
+def test_growth_compares_time_and_flops_at_a_constant_number_of_tokens(tmp_path, monkeypatch, capsys):
+    """Of 1 and 2 processes too; and the report tables it."""
+    bench, report = (importlib.import_module(name) for name in ("bench", "report"))
+    monkeypatch.setattr(bench, "GROWTH_TOKENS", 32)
+    monkeypatch.setattr(bench, "GROWTH", {"L": [dict(n_layers=2), dict(n_layers=4)],
+                                          "processes": [dict(processes=1), dict(processes=2)]})
+    argv = ["--growth", "--rounds", "1", "--no-compile", "--dim", "16", "--max_seq_len", "8", "--vocab_size",
+            "9", "--records_dir", str(tmp_path)]
+    assert bench.main(argv) == 0
+    rows = json.loads((only_record(tmp_path) / "bench.json").read_text())["growth"]
+    assert [(r["grows"], r["size"], r["variant"]) for r in rows] == [
+        (*of, variant) for of in (("L", 2), ("L", 4), ("processes", 1), ("processes", 2))
+        for variant in ("dense", "gated 50%")]
+    assert [r["over_flops"] for r in rows[:2]] == pytest.approx([1, 1])
+    assert all(r["over_flops"] > 0 for r in rows)
+    assert rows[2]["flops_per_token"] > 1.5 * rows[0]["flops_per_token"] > 0
+    assert rows[6]["flops_per_token"] == pytest.approx(rows[4]["flops_per_token"], rel=0.05)
+    assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert "time over what FLOPs predict" in (tmp_path / "README.md").read_text()
+
+
 def test_report_has_a_line_for_every_record_with_its_numbers(tmp_path, capsys):
     report_record(tmp_path, "a")
     report_record(tmp_path, "b", 1, control="dense", n_layers=4, env=dict(git_dirty=True, world_size=2))

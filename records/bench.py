@@ -3,6 +3,7 @@
     python records/bench.py                      # the CPU's size: 12 blocks, d 384; Table 2's on a GPU
     python records/bench.py --dtype bfloat16
     python records/bench.py --modes train --rounds 9 --dim 768
+    python records/bench.py --growth             # how a token's cost grows with T, L, width and processes
 
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed
 drifts. `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T,
@@ -16,7 +17,9 @@ import argparse
 import ctypes
 import dataclasses
 import json
+import os
 import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -85,6 +88,8 @@ class Bench:
         for router in self.model.masks:
             torch.nn.init.zeros_(router.linear.weight)
         self.forced = self.model.masks[0] = ForcedRouter(self.model.masks[0])
+        self.parallel = self.model if rt.world == 1 else torch.nn.parallel.DistributedDataParallel(
+            self.model, gradient_as_bucket_view=True)
         self.control = tgs.GateControl(cfg, rt.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.generator = torch.Generator().manual_seed(0)
@@ -107,7 +112,7 @@ class Bench:
             if variant == "eager":
                 loss, stats = eager_forward(self.model, self.x, self.y), None
             else:
-                loss, stats, _ = self.model(self.x, self.y)
+                loss, stats, _ = self.parallel(self.x, self.y)
                 if variant == "gated":
                     loss = loss + self.control.loss(tgs.moments(stats, self.x.numel()))
         loss.backward()
@@ -245,6 +250,85 @@ def measure_decoding(bench, batch, rounds, report, products):
             peak[v] = held
     for v in variants:
         report.row("decode", *v, batch, batch, median(seconds[v]), flops[v], peak[v])
+
+
+# ---- growth -----------------------------------------------------------------------------------------------
+
+GROWTH_TOKENS = 4096  # of every step
+GROWTH_BASE = dict(dim=128, n_layers=6, n_heads=2, vocab_size=1024, max_seq_len=256)
+GROWTH = {  # what grows, and its sizes
+    "T": [dict(max_seq_len=T) for T in (256, 512, 1024, 2048, 4096)],
+    "L": [dict(n_layers=L) for L in (6, 12, 24, 48)],
+    "d": [dict(dim=d, n_heads=d // 64) for d in (128, 256, 384, 512)],
+    "processes": [dict(processes=P) for P in (1, 2)],
+}
+
+
+def growth_step(rank, world, cfg, port, threads, rounds, queue):
+    """A process of a run of `world`: seconds of a step in which no token and in which half of them skip, and
+    the FLOPs of each, all processes together."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    torch.set_num_threads(threads)
+    bench = Bench(cfg, rt := tgs.Runtime(cfg))
+    variants, out = (("dense", None) if world == 1 else ("gated", 0.0), ("gated", 0.5)), []
+    seconds = {v: [] for v in variants}
+    for i in range(rounds + 2):  # the first compile and warm up
+        for v in variants:
+            bench.use(*v)
+            t, _ = clock(rt, lambda: bench.train(*v))
+            seconds[v] += [t] if i > 1 else []
+    for v in variants:
+        bench.use(*v)
+        with torch.no_grad():
+            stats = bench.model(bench.x, bench.y)[1]
+        flops = tgs.realised_flops(bench.model.cfg, stats, bench.x.numel())
+        out.append((median(seconds[v]), 3 * world * flops))
+    if rank == 0:
+        queue.put(out)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def measure_growth(base, rounds):
+    """Rows (what grows, size, variant, seconds and FLOPs a token, time over what FLOPs predict) at a constant
+    number of tokens a step. The prediction starts from a row's first size; P processes do P times the work in
+    the same time, each with a P-th of the threads that two processes have in all."""
+    import torch.multiprocessing as mp
+    rows, spawn = [], mp.get_context("spawn")
+    for name, sizes in GROWTH.items():
+        first = None
+        for size in sizes:
+            world = size.get("processes", 1)
+            settings = base | {k: v for k, v in size.items() if k != "processes"}
+            batch = GROWTH_TOKENS // settings["max_seq_len"]
+            cfg = tgs.Config(**settings | dict(batch_size=batch, device_batch_size=batch // world))
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            queue, threads = spawn.Queue(), 1 if name == "processes" else torch.get_num_threads()
+            workers = [spawn.Process(target=growth_step, args=(r, world, cfg, port, threads, rounds, queue))
+                       for r in range(world)]
+            for w in workers:
+                w.start()
+            for w in workers:
+                w.join()
+                if w.exitcode:
+                    raise tgs.UserError(f"a process of --growth ended with status {w.exitcode}; see above")
+            out = queue.get()
+            first = first or [world * t / f for t, f in out]
+            for variant, (seconds, flops), rate in zip(("dense", "gated 50%"), out, first):
+                rows.append(dict(
+                    grows=name, size=next(iter(size.values())), variant=variant,
+                    seconds_per_token=seconds / GROWTH_TOKENS, flops_per_token=flops / GROWTH_TOKENS,
+                    over_flops=seconds * world / flops / rate))
+                print(growth_line(rows[-1]), flush=True)
+    return rows
+
+
+def growth_line(r):
+    return (f"{r['grows']:10s}{r['size']:6d}  {r['variant']:10s}{1e6 * r['seconds_per_token']:9.1f} us and "
+            f"{r['flops_per_token'] / 1e6:7.1f} MFLOP a token: {r['over_flops']:5.2f} of what FLOPs predict")
 
 
 def profile(bench, variant, sparsity):
@@ -409,25 +493,29 @@ def measure(args, cfg, rt):
         host, kernels = slowest_kernels(bench, products.rate, sparsest["flops_speedup"], SPARSITIES[-1])
         print("of a training step at 75% sparsity (excess: beyond the dense step's over the FLOPs' speed-up)")
         print(*map(kernel_line, kernels), sep="\n")
-    env = tgs.environment(rt, {})
-    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg),
-               "matmul_flops_per_s": products.rate, "env": env,
-               "rows": [{k: r[k] for k in Report.COLUMNS} for r in report.rows],
-               "host": host, "kernels": kernels, "gpu_tests": None, "carriers": None}
-    folder = tgs.make_folder(Path(cfg.records_dir), cfg.name)
-
-    def save(**more):
-        text = json.dumps(content | more, indent=1) + "\n"
-        tgs.write_atomically(folder / "bench.json", lambda f: f.write(text.encode()))
-
-    save()
+    rows = [{k: r[k] for k in Report.COLUMNS} for r in report.rows]
+    save = write_record(cfg, rt, matmul_flops_per_s=products.rate, rows=rows, host=host, kernels=kernels,
+                        gpu_tests=None, carriers=None)
     if args.gpu_report:  # what was measured before is kept, should these fail
         tests = gpu_tests()
         save(gpu_tests=tests)
         carriers = measure_carriers(bench, args.rounds)
         save(gpu_tests=tests, carriers=carriers)
         print(f"host: {host}\nln g carried by, seconds: {carriers}\n{tests}")
+
+
+def write_record(cfg, rt, **content):
+    """A new record; returns what writes it again, with more in it."""
+    env, folder = tgs.environment(rt, {}), tgs.make_folder(Path(cfg.records_dir), cfg.name)
+    head = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg), "env": env}
+
+    def save(**more):
+        text = json.dumps(head | content | more, indent=1) + "\n"
+        tgs.write_atomically(folder / "bench.json", lambda f: f.write(text.encode()))
+
+    save()
     print(f"record: {folder}")
+    return save
 
 
 def main(argv=None):
@@ -439,24 +527,30 @@ def main(argv=None):
     parser.add_argument("--gpu_report", action="store_true", help="also run the tests that need a GPU")
     parser.add_argument("--decode_batches", type=int, nargs="+", default=None,
                         help="(default: 1 128, on a GPU 1 64)")
-    try:
+    parser.add_argument("--growth", action="store_true",
+                        help="only this: how a token's time grows with T, L, width and processes, on the CPU")
+
+    def run():
         args, explicit = tgs.parse_settings(parser, argv)
         cuda = torch.cuda.is_available() and explicit.get("device") != "cpu"
         size = dict(batch_size=32) if cuda else CPU_SIZE
-        size["batch_size"] = explicit.get("device_batch_size", size["batch_size"])
+        size = GROWTH_BASE | dict(batch_size=1, device_batch_size=1, device="cpu") if args.growth else size
+        size = size | dict(batch_size=explicit.get("device_batch_size", size["batch_size"]))
         cfg = tgs.Config(**(size | dict(name="bench", compile=True) | explicit))
         if unused := [k for k in ("preset", "config", "init_from", "resume") if k in explicit]:
             raise tgs.UserError(f"--{unused[0]} is not for the benchmark: give sizes as flags")
         if not cfg.gated or args.rounds < 1:
             raise tgs.UserError("the benchmark needs a --control with routers, and --rounds of at least 1")
-        rt = tgs.Runtime(cfg)
         if args.gpu_report and not cuda:
             raise tgs.UserError("--gpu_report needs a GPU: leave it out")
-        measure(args, cfg, rt)
-    except tgs.UserError as e:
-        print(f"bench.py: error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        if args.growth:
+            rows = measure_growth(size | dict(compile=True) | explicit, args.rounds)
+            write_record(cfg, tgs.Runtime(cfg), growth=rows)
+        else:
+            measure(args, cfg, tgs.Runtime(cfg))
+        return 0
+
+    return tgs.exit_status(run)
 
 
 if __name__ == "__main__":

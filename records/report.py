@@ -115,6 +115,13 @@ BENCH_COLUMNS = {
 }
 
 
+GROWTH_COLUMNS = {
+    "grows": ("grows", str), "size": ("size", str), "variant": ("variant", str),
+    "training FLOPs a token": ("flops_per_token", lambda x: short(x)),
+    "time over what FLOPs predict": ("over_flops", "{:.2f}".format),
+}
+
+
 def cells(rows: list[dict], columns: dict) -> list[list[str]]:
     """Headings, then a line a row; what a row does not have is a dash."""
     return [list(columns)] + [[form(row[key]) if row.get(key) is not None else "-"
@@ -128,6 +135,9 @@ def bench_table(folder: Path) -> tuple[str, list[list[str]]]:
     try:
         bench = read(folder / "bench.json")
         cfg, columns = bench["config"], dict(BENCH_COLUMNS)
+        if "growth" in bench:
+            return (f"{folder.name}: {bench['device']}, {bench['dtype']}; how the time of a training step "
+                    "grows, at a constant number of tokens"), cells(bench["growth"], GROWTH_COLUMNS)
         if not GPU.search(bench["device"]):
             del columns["ms"]
         caption = (f"{folder.name}: {bench['device']}, {bench['dtype']}, {cfg['n_layers']} blocks, d "

@@ -212,8 +212,8 @@ p, figcaption {{ font: .9rem/1.5 system-ui, sans-serif; color: var(--soft); marg
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 2rem; font: inherit; }}
 pre span {{ padding: .15em 0; }}
 pre span:hover {{ outline: 2px solid var(--text); }}
-pre span:hover::after {{ content: attr(data-is); position: fixed; left: 0; right: 0; bottom: 0; color: var(--back);
-  background: var(--text); padding: .3rem 1.2rem; white-space: pre; }}
+pre span:hover::after {{ content: attr(data-is); position: fixed; left: 0; right: 0; bottom: 0;
+  color: var(--back); background: var(--text); padding: .3rem 1.2rem; white-space: pre; }}
 .prompt {{ border-bottom: 2px solid var(--soft); }}
 .legend {{ display: flex; gap: 1px; margin: 0 0 .4rem; font: .8rem/1.8 system-ui, sans-serif; }}
 .legend span {{ padding: 0 .7em; }}
