@@ -315,17 +315,21 @@ lengths_of_sequences = st.lists(st.integers(1, 300), min_size=1, max_size=8)
 
 @settings(max_examples=150, deadline=None)
 @given(lengths_of_sequences)
-def test_block_tables_are_those_of_the_dense_mask(lengths):
+def test_mask_tables_are_those_of_the_dense_mask(lengths):
     n = -(-sum(lengths) // tgs.ROWS) * tgs.ROWS
     seq = packing(lengths, n)
     i = torch.arange(n)
     dense = (i[:, None] >= i) & (seq[:, None] == seq)
     blocks = dense.view(n // tgs.ROWS, tgs.ROWS, n // tgs.ROWS, tgs.ROWS).transpose(1, 2)
     some, every = blocks.any(-1).any(-1), blocks.all(-1).all(-1)
-    n_part, part, n_full, full = (t[0, 0] for t in tgs.block_tables(seq))
-    for q in range(len(some)):
-        assert sorted(part[q, :n_part[q]].tolist()) == (some[q] & ~every[q]).nonzero().flatten().tolist()
-        assert sorted(full[q, :n_full[q]].tolist()) == every[q].nonzero().flatten().tolist()
+    start, *tables = tgs.mask_tables(seq)
+    assert torch.equal((i[:, None] >= i) & (i >= start[:, None]), dense)
+    for side in (0, 4):  # by query block, and by key block
+        n_part, part, n_full, full = (t[0, 0] for t in tables[side:side + 4])
+        for q in range(len(some)):
+            assert sorted(part[q, :n_part[q]].tolist()) == (some[q] & ~every[q]).nonzero().flatten().tolist()
+            assert sorted(full[q, :n_full[q]].tolist()) == every[q].nonzero().flatten().tolist()
+        some, every = some.T, every.T
 
 
 def load_bench():
@@ -430,7 +434,7 @@ def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_cha
     model, cfg = random_model(10, n_layers=8, max_seq_len=32)
     model.compile()
     after_warm_up = None
-    for B, closing in ((4, 0.2), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (5, 0.05)):
+    for B, closing in ((4, -99.0), (4, 0.2), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (5, 0.05), (1, 0.1)):
         for router in model.masks:
             torch.nn.init.constant_(router.linear.bias, closing)
         inputs, targets = random_tokens(cfg, B, 32)
@@ -443,14 +447,15 @@ def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_cha
 
 
 def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(monkeypatch):
-    """Compiled by itself, as on CUDA: each call brings a new mask, a new score function and another n."""
+    """Compiled by itself, as on CUDA: each call brings a new mask, a new score function and another n. A run
+    begins with every gate open, and a validation may end with a batch of one sequence."""
     from torch._dynamo.utils import counters
     monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
-    monkeypatch.setattr(tgs, "flex_attention",
-                        torch.compile(tgs.flex_attention, dynamic=True, backend="aot_eager"))
+    for name in ("flex_attention", "mask_tables"):
+        monkeypatch.setattr(tgs, name, torch.compile(getattr(tgs, name), dynamic=True, backend="aot_eager"))
     model, cfg = random_model(10, n_layers=4, max_seq_len=256)
     seen, after_warm_up = set(), None
-    for B, closing in ((2, 0.3), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (4, 0.05)):
+    for B, closing in ((4, -99.0), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (1, 0.05), (1, -99.0)):
         for router in model.masks:
             torch.nn.init.constant_(router.linear.bias, closing)
         inputs, targets = random_tokens(cfg, B, 256)

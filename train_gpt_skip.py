@@ -324,7 +324,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Gated attention (Section 2.2, Eq. 3), on packed tokens: only rows that take part are there at all.
 
 EPSILON = 1e-6  # lower bound of g before ln
-REMOVED = -1e30  # the logit of a key whose gate is 0: its weight is exactly 0
+REMOVED = -2.0**100  # the logit of a key whose gate is 0: weight exactly 0, also by fused multiply-adds
 ROWS = 128  # block size of FlexAttention
 QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
@@ -369,36 +369,40 @@ def padded(x: Tensor, value) -> Tensor:
     return x if rows == len(x) else F.pad(x, (0, rows - len(x)), value=value)
 
 
-def block_tables(seq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Block-sparse tables of the causal same-sequence mask, without an n x n tensor.
+def mask_tables(seq: Tensor) -> list[Tensor]:
+    """Block-sparse tables of the causal same-sequence mask, without an n x n tensor, in BlockMask's order.
 
-    seq: (n,) sorted, n a multiple of ROWS. Returns the number and indices of each query block's partly
-    visible key blocks, then of its fully visible ones, int32: (1, 1, nb), (1, 1, nb, nb), twice.
+    seq: (n,) sorted, n a multiple of ROWS. Returns, int32: the first row of each row's sequence (n,); then of
+    each query block the number of partly visible key blocks and their indices, (1, 1, nb) and (1, 1, nb, nb),
+    the same of fully visible ones; and both again of each key block, whose query blocks see it.
     """
-    nb = len(seq) // ROWS
-    blocks = seq.view(nb, ROWS)
-    first, last = blocks[:, 0].contiguous(), blocks[:, -1]
-    b = torch.arange(nb, device=seq.device)
-    k = b[None]
-    start = torch.searchsorted(seq, first)  # first row of the sequence in which a query block begins
-    lo, full_lo = start // ROWS, (start + ROWS - 1) // ROWS
-    one = first == last  # the query block lies in one sequence
-    head = one & (lo < full_lo) & (lo < b)  # its sequence begins inside an earlier key block
-    n_full = torch.where(one, (b - full_lo).clamp(min=0), 0)
-    n_part = torch.where(one, 1 + head.long(), b - lo + 1)
-    full = torch.where(k < n_full[:, None], full_lo[:, None] + k, 0)
-    diagonal = torch.where(head[:, None] & (k == 0), lo[:, None], b[:, None])
-    part = torch.where(one[:, None], diagonal, lo[:, None] + k)
-    part = torch.where(k < n_part[:, None], part, 0)
-    return tuple(t.to(torch.int32)[None, None].contiguous() for t in (n_part, part, n_full, full))
+    start, end = torch.searchsorted(seq, seq), torch.searchsorted(seq, seq, right=True)
+    b = torch.arange(len(seq) // ROWS, device=seq.device)
+    lo, full_lo = start[::ROWS] // ROWS, (start[::ROWS] + ROWS - 1) // ROWS
+    hi, full_hi = (end[ROWS - 1::ROWS] - 1) // ROWS, end[ROWS - 1::ROWS] // ROWS
+    one = seq[::ROWS] == seq[ROWS - 1::ROWS]  # the block lies in one sequence
+    head, tail = (lo < full_lo) & (lo < b), (full_hi <= hi) & (b < hi)  # which begins, ends, inside another
+
+    def tables(first, last, cut, far, full_first, n_full):
+        k, (f, own, other) = b[None], (t[:, None] for t in (first, b, far))
+        n_part, n_full = torch.where(one, 1 + cut, last - first + 1), torch.where(one, n_full.clamp(min=0), 0)
+        part = torch.where(one[:, None], torch.where(k == 0, own, other), f + k)
+        part = torch.where(k < n_part[:, None], part, 0)
+        full = torch.where(k < n_full[:, None], full_first[:, None] + k, 0)
+        return [t.int()[None, None] for t in (n_part, part, n_full, full)]
+
+    return [start.int(), *tables(lo, b, head, lo, full_lo, b - full_lo),
+            *tables(b, hi, tail, hi, b + 1, full_hi - 1 - b)]
 
 
 def block_mask(seq: Tensor) -> BlockMask:
-    def causal_same_sequence(b, h, q, k):
-        return (q >= k) & (seq[q] == seq[k])
+    # (a copy: dynamo guards on the size of what a view is a view of)
+    start, *tables = lowered(mask_tables, seq.device)(seq.clone())
 
-    return BlockMask.from_kv_blocks(*block_tables(seq), BLOCK_SIZE=ROWS, mask_mod=causal_same_sequence,
-                                    seq_lengths=(len(seq), len(seq)))
+    def causal_same_sequence(b, h, q, k):
+        return (q >= k) & (k >= start[q])
+
+    return BlockMask((len(seq), len(seq)), *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
 
 
 def log_gate(g: Tensor) -> Tensor:
@@ -416,20 +420,26 @@ def attention_kernel(layout: Layout):
     return attend_rows if layout.mask is None else attend_flex
 
 
-@functools.cache
-def compiled_flex_attention():
-    """One graph for all layers and all n. (Eager FlexAttention would hold all n x n scores.)"""
-    return torch.compile(flex_attention, dynamic=True)
+compiled = functools.cache(lambda function: torch.compile(function, dynamic=True))
+
+
+def lowered(function, device: torch.device):
+    """On CUDA a function's compiled form, one graph for all layers and all n. (Eager FlexAttention would hold
+    all n x n scores.)"""
+    return compiled(function) if device.type == "cuda" else function
 
 
 def attend_flex(q, k, v, ln_g, layout):
     def add_log_gate(score, b, h, i, j):
         return score + ln_g[j]
 
+    assert len(q) == len(k) and len(q) % ROWS == 0  # `padded`: what IS_DIVISIBLE promises
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
-    attend = flex_attention if q.device.type == "cpu" else compiled_flex_attention()
-    out = attend(*heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask(),
-                 enable_gqa=k.shape[1] != q.shape[1])
+    # On 4 warps, the default, the forward kernel spills 576 bytes a thread for sm_90; on 8, divisible, none.
+    options = dict(IS_DIVISIBLE=True, fwd_num_warps=8)
+    out = lowered(flex_attention, q.device)(
+        *heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask(),
+        enable_gqa=k.shape[1] != q.shape[1], kernel_options=options)
     return out[0].transpose(0, 1)
 
 
@@ -727,11 +737,11 @@ class HeadLoss(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for i in range(0, n, rows):
                 x = h[i:i + rows].to(dtype)
-                loss, dz = chunk_loss(x @ w.t(), targets[i:i + rows, None], V, n)
+                loss, dz = chunk_loss(x @ w.t(), targets[i:i + rows].clone(), V, n)
                 total += loss
                 if wanted:
                     dh[i:i + rows] = dz @ w
-                    dw = dw.addmm_(dz.t(), x) if dtype == dw.dtype else dw.add_(dz.t() @ x)
+                    dw = add_product(dw, dz.t(), x)
         if wanted:
             ctx.save_for_backward(dh, dw[:V])
         return total
@@ -742,17 +752,26 @@ class HeadLoss(torch.autograd.Function):
         return dh * grad, dw * grad, None, None, None, None
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, summed in total's float32 whatever a and b are; total is spent."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.device.type == "cuda":
+        return torch.addmm(total, a, b, out_dtype=total.dtype)
+    return total.add_(a @ b)
+
+
 def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tuple[Tensor, Tensor]:
-    """Share of the mean loss over n rows, of logits (rows, V or more) and targets (rows, 1); and its gradient
+    """Share of the mean loss over n rows, of logits (rows, V or more) and targets (rows,); and its gradient
     by the logits. Columns beyond the vocabulary are padding, outside the softmax."""
+    column, targets = torch.arange(logits.shape[1], device=logits.device), targets[:, None]
     z = logits.float()
-    if z.shape[1] > vocab_size:
-        z[:, vocab_size:] = REMOVED
+    z = z if len(column) == vocab_size else torch.where(column < vocab_size, z, REMOVED)
     top = z.amax(1, keepdim=True)
     p = (z - top).exp_()
     total = p.sum(1, keepdim=True)
     loss = (total.log() + top - z.gather(1, targets)).sum() / n
-    p = p.div_(total * n).scatter_add_(1, targets, torch.full_like(total, -1 / n))
+    p = p.div_(total * n).add_(column == targets, alpha=-1 / n)  # (unlike a scatter this fuses)
     return loss, p.to(logits.dtype)
 
 
@@ -1401,7 +1420,8 @@ class Trainer:
         self.compile_s = self.warm_up() if rt.compile else 0.0
         self.graphs = graphs_compiled()
         if rt.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.parallel = nn.parallel.DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True, broadcast_buffers=False)  # (which never change)
 
     def warm_up(self) -> float:
         """Compile before the clock starts: a training micro-batch and a validation one. Seconds."""
@@ -1855,7 +1875,7 @@ def recorded_settings(path: Path) -> dict:
     return settings
 
 
-# what gloo, nccl, the store say
+# what gloo and the store say of a lost peer; nccl raises DistBackendError
 LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")
 
 
@@ -1883,7 +1903,8 @@ def exit_status(run: Callable[[], int]) -> int:
         report("error", f"out of GPU memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
         return 2
     except RuntimeError as e:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not LOST_PEER.search(str(e)):
+        lost = isinstance(e, dist.DistBackendError) or LOST_PEER.search(str(e))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
         report("stopped", "another process is gone; go on from the last checkpoint with --resume")
         return 1
