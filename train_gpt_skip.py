@@ -291,6 +291,18 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+# All that is ever compiled is run as lower(function)(...), where `lower` is one of these two.
+
+def eager(function):
+    return function
+
+
+@functools.cache
+def compiled(function):
+    """One graph for all layers and all numbers of active tokens."""
+    return torch.compile(function, dynamic=True)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Norm and positions. Llama 3's: RMSNorm, and rotary embeddings on interleaved pairs (2i, 2i+1).
 
@@ -363,6 +375,11 @@ def uses_flex(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def flex_lower(device: torch.device):
+    """Eager FlexAttention would hold all n x n scores."""
+    return compiled if device.type == "cuda" else eager
+
+
 def padded(x: Tensor, value) -> Tensor:
     """x (n,) with n rounded up to what FlexAttention takes without another graph; elsewhere x itself."""
     rows = max(2 * ROWS, -(-len(x) // ROWS) * ROWS) if uses_flex(x.device) else len(x)
@@ -397,7 +414,7 @@ def mask_tables(seq: Tensor) -> list[Tensor]:
 
 def block_mask(seq: Tensor) -> BlockMask:
     # (a copy: dynamo guards on the size of what a view is a view of)
-    start, *tables = lowered(mask_tables, seq.device)(seq.clone())
+    start, *tables = flex_lower(seq.device)(mask_tables)(seq.clone())
 
     def causal_same_sequence(b, h, q, k):
         return (q >= k) & (k >= start[q])
@@ -420,15 +437,6 @@ def attention_kernel(layout: Layout):
     return attend_rows if layout.mask is None else attend_flex
 
 
-compiled = functools.cache(lambda function: torch.compile(function, dynamic=True))
-
-
-def lowered(function, device: torch.device):
-    """On CUDA a function's compiled form, one graph for all layers and all n. (Eager FlexAttention would hold
-    all n x n scores.)"""
-    return compiled(function) if device.type == "cuda" else function
-
-
 def attend_flex(q, k, v, ln_g, layout):
     def add_log_gate(score, b, h, i, j):
         return score + ln_g[j]
@@ -437,7 +445,7 @@ def attend_flex(q, k, v, ln_g, layout):
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
     # On 4 warps, the default, the forward kernel spills 576 bytes a thread for sm_90; on 8, divisible, none.
     options = dict(IS_DIVISIBLE=True, fwd_num_warps=8)
-    out = lowered(flex_attention, q.device)(
+    out = flex_lower(q.device)(flex_attention)(
         *heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask(),
         enable_gqa=k.shape[1] != q.shape[1], kernel_options=options)
     return out[0].transpose(0, 1)
@@ -593,9 +601,6 @@ def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
     return ((x >> 40) & 0xFFFFFF) / 2**24
 
 
-EAGER = Block.before, Block.after
-
-
 class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2).
 
@@ -614,15 +619,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(cfg)):
             self.register_buffer(name, table, persistent=False)
-        self.parts, self.chunk_loss = EAGER, chunk_loss
-
-    def compile(self):
-        """The two parts of a block around attention have one graph each, that serves every block: parameters
-        are inputs, the number of active tokens is dynamic."""
-        self.parts = tuple(torch.compile(part, dynamic=True) for part in EAGER)
-        self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
-        self.input_norm.compile(dynamic=True)
-        self.output_norm.compile(dynamic=True)
+        self.lower = eager
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
@@ -633,7 +630,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         h, stats, depth = self.hidden(inputs.flatten(), seq, pos, B)
         autocast = torch.is_autocast_enabled(h.device.type)
         dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
-        ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.chunk_loss,
+        ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
                             torch.is_grad_enabled())
         return ce, stats, depth.view(B, T)
 
@@ -642,7 +639,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         statistics of `span` (L/2, 4; None with a cache), and how many blocks each token ran (n,)."""
         n, depth, stats = len(tokens), torch.zeros_like(tokens), [] if cache is None else None
         layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
-        h = self.input_norm(self.tok_embeddings(padded(tokens, 0)))
+        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, 0)))
         if self.cfg.gated:
             S = torch.zeros(n, device=tokens.device) if self.masks else coin(tokens, pos, self.cfg.seed)
             S = padded(S, 1.0)  # S = 1: padding skips every block
@@ -653,7 +650,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
             depth += self.cfg.n_layers
             if cache is None:
                 stats = [torch.stack([layout.counts.sum()] * 3 + [layout.pairs()])] * self.cfg.n_levels
-        return self.output_norm(h[:n]), None if stats is None else torch.stack(stats), depth
+        h = self.lower(RMSNorm.forward)(self.output_norm, h[:n])
+        return h, None if stats is None else torch.stack(stats), depth
 
     def span(self, h, S, layout, l, depth, stats, cache):
         """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged.
@@ -704,9 +702,9 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     def block(self, l, h, g, layout, cache):
         layout, block = layout if cache is None else layout._replace(cache=cache[l]), self.layers[l]
         # In training 0 and 1 rows, rare, would be graphs of their own; in decoding 1 row is what there is.
-        before, after = EAGER if cache is None and len(h) < 2 else self.parts
-        q, k, v, ln_g = before(block, h, g, layout.cos, layout.sin)
-        return after(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
+        lower = eager if cache is None and len(h) < 2 else self.lower
+        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin)
+        return lower(Block.after)(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
 
 
 def initialise(model: nn.Module, cfg: Config):
@@ -1391,8 +1389,7 @@ def build_model(cfg: Config, rt: Runtime, state: dict | None = None, source: str
     if state is not None:
         load_weights(model, state, source, retrofit)
     model.to(rt.device)
-    if rt.compile:
-        model.compile()
+    model.lower = compiled if rt.compile else eager
     return model
 
 

@@ -6,7 +6,6 @@
 A layer's cache holds only the tokens that ran it, since nobody attends to the others: its size and the cost
 of a token fall with sparsity. Greedy decoding equals the full forward pass, token by token.
 """
-import functools
 import sys
 import time
 from html import escape
@@ -97,17 +96,12 @@ def attend_some(q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor, rows: Tensor, m: 
     return (p[..., None] * v).sum(3).to(q.dtype)
 
 
-@functools.cache
-def compiled_attend_some():
-    return torch.compile(attend_some, dynamic=True)
-
-
 class Decoder:
     """Sequences that grow together: their caches and lengths."""
 
     def __init__(self, model: MiddleSkippingTransformer, rows: int):
         self.model, self.device = model, model.cos.device
-        some = None if model.parts is tgs.EAGER else compiled_attend_some()
+        some = None if model.lower is tgs.eager else model.lower(attend_some)
         self.cache = [LayerCache(rows, self.device, some) for _ in range(model.cfg.n_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64)
 
