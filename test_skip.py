@@ -2580,6 +2580,86 @@ def report_run(capsys, *folders, out, draw=False):
     return status, capsys.readouterr().out
 
 
+def load_report_and_tracks():
+    return importlib.import_module("report"), importlib.import_module("tracks")
+
+
+def frontier_record(folder, name, seed, loss, control="dense", flops=1.0, n_layers=8):
+    record = folder / f"2026-01-01_00-00-{seed:02d}_{name}_seed{seed}"
+    record.mkdir(parents=True)
+    (record / "summary.json").write_text(json.dumps(dict(
+        interrupted=False, step=1, cross_entropy=loss, control=control, n_layers=n_layers,
+        realised_flops_per_token=flops, train_flops=3 * flops)))
+    return record
+
+
+@pytest.mark.parametrize("t, df, p", [(0.0, 3, 0.5), (6.314, 1, 0.05), (2.92, 2, 0.05), (3.747, 4, 0.01),
+                                      (2.764, 10, 0.01), (-2.764, 10, 0.99), (2.326, 1e5, 0.01)])
+def test_the_tails_of_students_t_are_those_of_the_tables(t, df, p):
+    assert load_report_and_tracks()[1].survival(t, df) == pytest.approx(p, rel=2e-3)
+
+
+def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hundredth(tmp_path):
+    report, tracks = load_report_and_tracks()
+    for seed in range(4):
+        jitter = 0.001 * (seed - 1.5)
+        frontier_record(tmp_path, "dense_8", seed, 1.0 + jitter, flops=1.0)
+        frontier_record(tmp_path, "dense_4", seed, 2.0 - jitter, flops=0.5, n_layers=4)
+        frontier_record(tmp_path, "good", seed, 1.45 + jitter, "proportional", 0.75)
+        frontier_record(tmp_path, "bad", seed, 1.55 + jitter, "proportional", 0.75)
+        frontier_record(tmp_path, "wide", seed, 1.45 + 100 * jitter, "proportional", 0.75)
+        if seed < 3:
+            frontier_record(tmp_path, "few", seed, 1.45 + jitter, "proportional", 0.75)
+    rows = tracks.gather(tmp_path)
+    difference, p = tracks.against_line(rows["good"], rows, "forward FLOPs")
+    # the variances add: of the row, and of half of each neighbour
+    sd = rows["good"]["sd"] / 2 * math.sqrt(1 + 0.25 + 0.25)
+    assert difference == pytest.approx(-0.05) and sd > 0 and p == pytest.approx(
+        tracks.survival(0.05 / sd, 1.5**2 / (1 + 2 * 0.25**2) * 3), rel=1e-6)
+    said = {name: tracks.verdict(row, rows, "training FLOPs").split(": ")[-1] for name, row in rows.items()}
+    assert said == {"dense_8": "-", "dense_4": "-", "good": "beats", "bad": "does not beat",
+                    "wide": "does not beat", "few": "too few seeds"}
+    assert [line[0] for line in tracks.table(rows)[1:]][0] == "dense_8"
+    assert tracks.verdict(rows["good"], rows, "forward time") == "-"  # not measured
+
+
+def test_tracks_run_what_is_not_recorded_seed_by_seed_and_resume_what_was_interrupted(tmp_path, monkeypatch,
+                                                                                      capsys):
+    _, tracks = load_report_and_tracks()
+    frontier_record(tmp_path, "dense_4", 0, 2.0)
+    stopped = frontier_record(tmp_path, "dense_8", 1, 2.0)
+    (stopped / "summary.json").write_text('{"interrupted": true}')
+    calls = []
+    monkeypatch.setattr(tracks.subprocess, "run", lambda command, **kw: (
+        calls.append(" ".join(command[2:])), SimpleNamespace(returncode=0))[1])
+    assert tracks.main(["run", "--seeds", "2", "--rows", "dense_8", "dense_4", "--records_dir",
+                        str(tmp_path)]) == 0
+    assert [re.search(r"--name (\S+)|--resume .*_(dense\S+)", c).group(1, 2) for c in calls] == [
+        ("dense_8_seed0", None), (None, "dense_8_seed1"), ("dense_4_seed1", None)]
+    assert "--seed 1" in calls[2] and "--n_layers 4" in calls[2] and "minutes left" in capsys.readouterr().out
+
+
+def test_verify_reads_every_record_again_and_names_the_one_that_disagrees(tmp_path, corpus, capsys):
+    report, _ = load_report_and_tracks()
+    for folder in ("a", "a/frontier"):
+        assert tgs.main(flags(corpus, tmp_path / folder, num_steps=3, metrics_every=2)) == 0
+    inner = only_record(tmp_path / "a" / "frontier")
+    verify = ["--verify", str(tmp_path / "a"), "--out", str(tmp_path)]
+    assert report.main(verify) == 0 and "2 records read, 0 wrong" in capsys.readouterr().out
+    for name, change, words in (
+            ("train_gpt_skip.py", lambda text: text + "# forked", "not the script"),
+            ("summary.json", lambda text: re.sub(r'(cross_entropy": )[\d.]+', r"\g<1>0.5", text), "loss of 0.5"),
+            ("metrics.jsonl", lambda text: text.replace('"step": 2', '"step": 1'), "training steps once"),
+            ("config.json", lambda text: text[:40], "JSONDecodeError")):
+        before = (inner / name).read_text()
+        (inner / name).write_text(change(before))
+        assert report.main(verify) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and inner.name in error and words in error, error
+        (inner / name).write_text(before)
+    assert report.main(["--verify"]) == 0  # the project's own
+
+
 def test_growth_compares_time_and_flops_at_a_constant_number_of_tokens(tmp_path, monkeypatch, capsys):
     """Of 1 and 2 processes too; and the report tables it."""
     bench, report = (importlib.import_module(name) for name in ("bench", "report"))

@@ -2,6 +2,7 @@
 
     python records/report.py                       # every record beside this script
     python records/report.py DIR... --out DIR      # of records, or of folders that hold records
+    python records/report.py --verify              # re-read all records, the tracks' too; exit 2 if one is off
 
 Prints a line a record (and benchmarks' rows), writes the same between two markers of OUT/README.md, whose
 other text stays as it is, and draws OUT/pareto.png: validation loss against estimated FLOPs, measured time
@@ -9,6 +10,7 @@ and sparsity. Only runs of the same data, batch, steps, width and vocabulary sha
 are compared on one machine only.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -18,6 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import tracks  # noqa: E402
+
 BEGIN, END = "<!-- records/report.py: begin -->", "<!-- records/report.py: end -->"
 FOLDER, FILES = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_."), ("config.json", "summary.json", "bench.json")
 GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|Instinct")
@@ -82,6 +87,31 @@ def read_run(folder: Path) -> dict:
         return run | dict(state=f"damaged: {name} has no {e.args[0]}")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         return run | dict(state=f"damaged: {name}: {e}".replace("\n", " "))
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a finished run's record, or None: its files are there, the script is the one that
+    ran, metrics go to the end, and the summary's loss is their last."""
+    try:
+        config, env, summary = (read(folder / f) for f in ("config.json", "env.json", "summary.json"))
+        if summary["interrupted"]:
+            return None
+        script = (folder / "train_gpt_skip.py").read_bytes()
+        if hashlib.sha256(script).hexdigest() != env["source_sha256"]:
+            return "train_gpt_skip.py is not the script that ran (env.json's source_sha256)"
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps, val = ([e["step"] for e in events if e["kind"] == kind] for kind in ("train", "val"))
+        every = config.get("metrics_every", 1)
+        if steps != list(range(0, summary["step"], every)):
+            return f"metrics.jsonl does not hold every {every} of {summary['step']} training steps once"
+        last = next(e for e in reversed(events) if e["kind"] == "val")
+        if last["step"] != summary["step"] or last["cross_entropy"] != summary["cross_entropy"]:
+            return (f"summary.json has a loss of {summary['cross_entropy']} at step {summary['step']}, "
+                    f"metrics.jsonl {last['cross_entropy']} at {last['step']}")
+        missing = {"gate_mean", "gate_zero", "train_seconds", "parameters"} - summary.keys()
+        return f"summary.json has no {min(missing)}" if missing else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
+        return f"{type(e).__name__}: {e}"
 
 
 # ---- tables -----------------------------------------------------------------------------------------------
@@ -277,11 +307,21 @@ def main(argv=None) -> int:
                                                               f"of records (default: {HERE})")
     parser.add_argument("--out", type=Path, default=HERE, help="where README.md and "
                                                                f"pareto.png go (default: {HERE})")
+    parser.add_argument("--verify", action="store_true", help="only re-read records and say what disagrees")
     args = parser.parse_args(argv)
     for folder in [*args.folders, args.out]:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
     found = find_records(args.folders or [HERE])
+    if args.verify:
+        frontier = [f for f in args.folders or [HERE] if (f / "frontier").is_dir()]
+        runs = [f for f in [*found, *find_records([f / "frontier" for f in frontier])]
+                if not any((f / other).exists() for other in ("bench.json", "times.json"))]
+        wrong = {f: said for f in runs if (said := verify(f))}
+        for f, said in wrong.items():
+            print(f"report.py: error: {f.name}: {said}", file=sys.stderr)
+        print(f"{len(runs)} records read, {len(wrong)} wrong")
+        return 2 if wrong else 0
     if not found:
         print("no records yet: make one with ./run.sh, or the grid of the paper's Figure 2 with "
               "records/sweep.sh")
@@ -298,6 +338,11 @@ def main(argv=None) -> int:
                                                                  "uncommitted changes."]
     if lines[-1].startswith("figure"):
         page.append("![validation loss against estimated FLOPs, measured time and sparsity](pareto.png)")
+    if decided := tracks.gather(args.out / "frontier"):
+        tracks.figure(decided, args.out / "frontier.png")
+        rows = tracks.table(decided)
+        text.append(aligned(rows))
+        page = ["![the frontier: validation loss against cost](frontier.png)", markdown(rows, {}), *page]
     for folder, caption, rows in benches:
         text.append(caption + ("\n" + aligned(rows) if rows else ""))
         page.append(caption.replace(folder.name, links.get(folder.name, folder.name)) +

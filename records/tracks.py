@@ -1,0 +1,257 @@
+"""Tracks: comparisons that decide, by seeds and significance. records/README.md states the rules.
+
+    ./run.sh tracks run  [--seeds 4] [--rows dense_8 gated_8_0.25]    # what is not recorded yet
+    ./run.sh tracks time [--rounds 9]                                 # the rows' cost, timed in turn
+    ./run.sh report                                                   # tables and figure of what is recorded
+
+A row is a setting, recorded once a seed under records/frontier; interrupted runs go on. All sides of a
+comparison are run seed by seed, on one thread: several may run at once, since losses do not depend on what
+else runs, and costs are not taken from these runs but from `time` and from exact FLOPs. `time` needs the
+weights, which git ignores: run it where the rows were run.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean as mean, median, stdev
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+FRONTIER = HERE / "frontier"
+BASE = ["--preset", "demo", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
+        "--log_every", "50", "--metrics_every", "5"]
+ROWS = {  # name: (what it is, flags)
+    "dense_8": ("dense", ["--control", "dense"]),
+    "gated_8_0.25": ("gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle",
+                     ["--mean_target_end", "0.25"]),
+    "dense_4": ("dense", ["--control", "dense", "--n_layers", "4"]),
+    "dense_6": ("dense", ["--control", "dense", "--n_layers", "6"]),
+    "dense_2": ("dense", ["--control", "dense", "--n_layers", "2"]),
+    "random_8_0.25": ("the same targets met by a coin instead of a router",
+                      ["--control", "random", "--mean_target_end", "0.25"]),
+}
+
+
+# ---- running ----------------------------------------------------------------------------------------------
+
+def recorded(folder: Path) -> dict[tuple[str, int], Path]:
+    """Records of rows by (row, seed); the newest of each."""
+    found = {}
+    for path in sorted(folder.glob("????-??-??_??-??-??_*_seed*")):
+        name, seed = re.fullmatch(r"[\d_-]{20}(.+)_seed(\d+)(_\d+)?", path.name).group(1, 2)
+        found[name, int(seed)] = path
+    return found
+
+
+def summary_of(record: Path) -> dict:
+    path = record / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {"interrupted": True}
+
+
+def run(rows: list[str], seeds: int, folder: Path) -> int:
+    found, seconds = recorded(folder), []
+    todo = [(row, seed) for seed in range(seeds) for row in rows
+            if (row, seed) not in found or summary_of(found[row, seed])["interrupted"]]
+    for i, (row, seed) in enumerate(todo):
+        left = f", about {mean(seconds) * (len(todo) - i) / 60:.0f} minutes left" if seconds else ""
+        print(f"tracks.py: {row}, seed {seed}: run {i + 1} of {len(todo)}{left}", flush=True)
+        flags = [*BASE, *ROWS[row][1], "--seed", str(seed), "--name", f"{row}_seed{seed}", "--records_dir",
+                 str(folder)]
+        if (row, seed) in found:
+            flags = ["--resume", str(found[row, seed])]
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, str(HERE.parent / "train_gpt_skip.py"), *flags],
+                              env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            return done.returncode
+        seconds.append(time.perf_counter() - start)
+    return 0
+
+
+# ---- timing -----------------------------------------------------------------------------------------------
+
+def measure(rows: list[str], rounds: int, folder: Path) -> int:
+    """Seconds of a forward pass and of a training step (forward, backward, AdamW) of each row's seed 0, on
+    the same validation text, in turn in this process: medians, and ratios to the dense model of 8 blocks."""
+    sys.path.insert(0, str(HERE.parent))
+    import torch
+    import train_gpt_skip as tgs
+    found, sides = recorded(folder), {}
+    for row in rows:
+        cfg, weights = tgs.resolve(dict(init_from=str(found[row, 0])), (
+            *tgs.GATE_FIELDS, "val_files", "val_tokens", "batch_size", "device_batch_size"))
+        rt = tgs.Runtime(cfg)
+        model = tgs.build_model(cfg, rt, weights, str(found[row, 0]))
+        sides[row] = cfg, model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    shards, T = tgs.Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files"), cfg.max_seq_len
+    places = tgs.sequences(shards, cfg)
+    seconds = {row: ([], []) for row in rows}
+    for i in range(rounds + 1):
+        first = i * cfg.device_batch_size % (len(places) - cfg.device_batch_size)
+        batch = torch.stack([shards.window(*place, T + 1)
+                             for place in places[first:first + cfg.device_batch_size]])
+        for row, (cfg, model, optimizer) in sides.items():
+            def forward():
+                with torch.no_grad():
+                    model(batch[:, :-1], batch[:, 1:])
+
+            def step():
+                model(batch[:, :-1], batch[:, 1:])[0].backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            for into, what in zip(seconds[row], (forward, step)):
+                start = time.perf_counter()
+                what()
+                into.append(time.perf_counter() - start)
+    times = {row: dict(zip(("forward", "train"), (median(s[1:]) for s in both)))  # the first warm up
+             for row, both in seconds.items()}
+    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "of": {
+        row: found[row, 0].name for row in rows}, "seconds": times}
+    path = tgs.make_folder(folder, "times") / "times.json"
+    tgs.write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+    for row, t in times.items():
+        print(f"{row:16s}" + "".join(f"  {k} {t[k] / times['dense_8'][k]:.3f} of dense_8's" for k in t))
+    print(f"record: {path.parent}")
+    return 0
+
+
+# ---- deciding ---------------------------------------------------------------------------------------------
+
+COSTS = {  # of a row, as ratios to the dense model of 8 blocks
+    "forward FLOPs": "FLOPs of a forward pass, realised", "training FLOPs": "FLOPs of training, realised",
+    "forward time": "time of a forward pass, measured", "training time": "time of a training step, measured"}
+
+
+def survival(t: float, df: float) -> float:
+    """P(T > t) of Student's t with df degrees of freedom: where T = sqrt(df) tan(a), a has a density that is
+    proportional to cos(a)^(df - 1)."""
+    def area(low):
+        a = np.linspace(low, math.pi / 2, 100_001)
+        return np.trapezoid(np.cos(a).clip(0) ** (df - 1), a)
+
+    return area(math.atan(t / math.sqrt(df))) / area(-math.pi / 2)
+
+
+def gather(folder: Path) -> dict[str, dict]:
+    """Rows by name: losses of the finished seeds, mean costs, blocks, control, date."""
+    rows, times = {}, sorted(folder.glob("*_times/times.json"))
+    seconds = json.loads(times[-1].read_text())["seconds"] if times else {}
+    for (name, seed), path in sorted(recorded(folder).items()):
+        if not (s := summary_of(path))["interrupted"]:
+            row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
+            row["losses"].append(s["cross_entropy"])
+            row["records"].append(path.name)
+            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], date=path.name[:10])
+            for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
+                                ("training FLOPs", s["train_flops"]),
+                                ("forward time", seconds.get(name, {}).get("forward")),
+                                ("training time", seconds.get(name, {}).get("train"))):
+                row["costs"].setdefault(cost, []).append(value)
+    for row in rows.values():
+        row["costs"] = {k: mean(v) for k, v in row["costs"].items() if None not in v}
+    unit = rows.get("dense_8", {"costs": {}})["costs"]
+    for row in rows.values():
+        row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
+        row["mean"], row["n"] = mean(row["losses"]), len(row["losses"])
+        row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
+    return rows
+
+
+def by_cost(rows, cost: str) -> list[dict]:
+    return sorted((r for r in rows if cost in r["costs"]), key=lambda r: r["costs"][cost])
+
+
+def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float] | None:
+    """(difference, p) of a row to the line through its dense neighbours at the same cost; p, one-sided, that
+    it lies as far below by chance. Welch's t; the line's value at share w between neighbours a and b has the
+    variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside the dense models' range."""
+    dense = by_cost((r for r in rows.values() if r["dense"]), cost)
+    x = row["costs"].get(cost, math.nan)
+    for a, b in zip(dense, dense[1:]):
+        low, high = a["costs"][cost], b["costs"][cost]
+        if low <= x <= high:
+            w = (x - low) / (high - low)
+            parts = [(row, 1.0), (a, 1 - w), (b, w)]
+            variance = [k * k * r["sd"] ** 2 / r["n"] for r, k in parts]
+            difference = row["mean"] - (1 - w) * a["mean"] - w * b["mean"]
+            if not sum(variance) > 0:  # a single seed
+                return difference, math.nan
+            df = sum(variance) ** 2 / sum(v * v / (r["n"] - 1) for v, (r, _) in zip(variance, parts))
+            return difference, survival(-difference / math.sqrt(sum(variance)), df)
+    return None
+
+
+def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
+    if row["dense"] or (found := against_line(row, rows, cost)) is None:
+        return "-"
+    difference, p = found
+    few = min(r["n"] for r in rows.values() if r["dense"] or r is row) < 4
+    word = "too few seeds" if few or math.isnan(p) else "beats" if p < 0.01 else "does not beat"
+    return f"{difference:+.4f}, p {p:.2g}: {word}"
+
+
+def table(rows: dict[str, dict]) -> list[list[str]]:
+    """Headings, and a line a row, the best first."""
+    lines = [["row", "what", "seeds", "val. loss (nats)", *COSTS.values(),
+              *(f"against the dense line by {c}" for c in COSTS), "date"]]
+    for r in sorted(rows.values(), key=lambda r: r["mean"]):
+        lines.append([r["name"], ROWS.get(r["name"], (f"{r['n_layers']} blocks",))[0], str(r["n"]),
+                      f"{r['mean']:.4f} +- {r['sd']:.4f}",
+                      *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in COSTS),
+                      *(verdict(r, rows, c) for c in COSTS), r["date"]])
+    return lines
+
+
+def figure(rows: dict[str, dict], path: Path):
+    """Loss against each cost: the dense line, and the others beside it, with standard deviations."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    costs = [c for c in COSTS if any(c in r["costs"] for r in rows.values() if not r["dense"])]
+    fig, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs), 4.2), sharey=True, squeeze=False,
+                             layout="constrained")
+    for ax, cost in zip(axes[0], costs):
+        dense = by_cost((r for r in rows.values() if r["dense"]), cost)
+        ax.errorbar([r["costs"][cost] for r in dense], [r["mean"] for r in dense], [r["sd"] for r in dense],
+                    fmt="s-", color="0.35", ms=5, lw=1, capsize=3, label="dense, blocks labelled")
+        for r in dense:
+            ax.annotate(str(r["n_layers"]), (r["costs"][cost], r["mean"]), (7, 4), textcoords="offset points",
+                        fontsize=9, color="0.35")
+        for i, r in enumerate(r for r in rows.values() if not r["dense"]):
+            ax.errorbar(r["costs"].get(cost, math.nan), r["mean"], r["sd"], fmt="o", ms=7, capsize=3,
+                        color=f"C{(i + 3) % 10}", label=r["name"])
+        ax.set_xlabel(COSTS[cost] + "\n(dense model of 8 blocks = 1)")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.93", lw=0.8)
+        ax.set_axisbelow(True)
+    axes[0, 0].set_ylabel("validation loss (nats a token)")
+    axes[0, -1].legend(frameon=False, fontsize=9)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "time"))
+    parser.add_argument("--seeds", type=int, default=4, help="seeds of each row (default: 4)")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each row (default: 9)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="(default: all)")
+    parser.add_argument("--records_dir", type=Path, default=FRONTIER, help=f"(default: {FRONTIER.name})")
+    args = parser.parse_args(argv)
+    if args.what == "run":
+        return run(args.rows, args.seeds, args.records_dir)
+    if missing := [row for row in args.rows if (row, 0) not in recorded(args.records_dir)]:
+        parser.error(f"row {missing[0]} has no record of seed 0 in {args.records_dir}: run it first")
+    return measure(args.rows, args.rounds, args.records_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
