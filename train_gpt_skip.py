@@ -1615,7 +1615,7 @@ def print_plan(trainer: Trainer) -> int:
     cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
     parameters, steps = sum(p.numel() for p in trainer.model.parameters()), cfg.num_steps - trainer.first_step
     weights = 4 * parameters  # bytes; AdamW's two moments are as many each
-    folder = Path(cfg.records_dir).resolve()
+    folder = Path(cfg.resume or cfg.records_dir).resolve()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
     free, need = shutil.disk_usage(folder).free, 10 * weights  # two checkpoints, a new one, model.safetensors
     if not os.access(folder, os.W_OK):
