@@ -33,6 +33,8 @@ ROWS = {  # name: (what it is, flags)
     "dense_4": ("dense", ["--control", "dense", "--n_layers", "4"]),
     "dense_6": ("dense", ["--control", "dense", "--n_layers", "6"]),
     "dense_2": ("dense", ["--control", "dense", "--n_layers", "2"]),
+    "gated_8_0.25_gamma0.003": ("the same with a tenth of the coefficient update",
+                                ["--mean_target_end", "0.25", "--coef_update", "0.003"]),
     "random_8_0.25": ("the same targets met by a coin instead of a router",
                       ["--control", "random", "--mean_target_end", "0.25"]),
 }
@@ -193,8 +195,9 @@ def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
         return "-"
     difference, p = found
     few = min(r["n"] for r in rows.values() if r["dense"] or r is row) < 4
-    word = "too few seeds" if few or math.isnan(p) else "beats" if p < 0.01 else "does not beat"
-    return f"{difference:+.4f}, p {p:.2g}: {word}"
+    if few or math.isnan(p):
+        return f"{difference:+.4f}: too few seeds"
+    return f"{difference:+.4f}, p {p:.2g}: {'beats' if p < 0.01 else 'does not beat'}"
 
 
 def table(rows: dict[str, dict]) -> list[list[str]]:
@@ -203,7 +206,7 @@ def table(rows: dict[str, dict]) -> list[list[str]]:
               *(f"against the dense line by {c}" for c in COSTS), "date"]]
     for r in sorted(rows.values(), key=lambda r: r["mean"]):
         lines.append([r["name"], ROWS.get(r["name"], (f"{r['n_layers']} blocks",))[0], str(r["n"]),
-                      f"{r['mean']:.4f} +- {r['sd']:.4f}",
+                      f"{r['mean']:.4f}" + f" ± {r['sd']:.4f}" * (r["n"] > 1),
                       *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in COSTS),
                       *(verdict(r, rows, c) for c in COSTS), r["date"]])
     return lines
@@ -232,7 +235,7 @@ def figure(rows: dict[str, dict], path: Path):
         ax.grid(color="0.93", lw=0.8)
         ax.set_axisbelow(True)
     axes[0, 0].set_ylabel("validation loss (nats a token)")
-    axes[0, -1].legend(frameon=False, fontsize=9)
+    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
