@@ -2611,7 +2611,7 @@ def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hu
         if seed < 3:
             frontier_record(tmp_path, "few", seed, 1.45 + jitter, "proportional", 0.75)
     rows = tracks.gather(tmp_path)
-    difference, p = tracks.against_line(rows["good"], rows, "forward FLOPs")
+    difference, p, _ = tracks.against_line(rows["good"], rows, "forward FLOPs")
     # the variances add: of the row, and of half of each neighbour
     sd = rows["good"]["sd"] / 2 * math.sqrt(1 + 0.25 + 0.25)
     assert difference == pytest.approx(-0.05) and sd > 0 and p == pytest.approx(
@@ -2648,7 +2648,7 @@ def test_verify_reads_every_record_again_and_names_the_one_that_disagrees(tmp_pa
     assert report.main(verify) == 0 and "2 records read, 0 wrong" in capsys.readouterr().out
     for name, change, words in (
             ("train_gpt_skip.py", lambda text: text + "# forked", "not the script"),
-            ("summary.json", lambda text: re.sub(r'(cross_entropy": )[\d.]+', r"\g<1>0.5", text), "loss of 0.5"),
+            ("summary.json", lambda text: re.sub(r'(entropy": )[\d.]+', r"\g<1>0.5", text), "loss of 0.5"),
             ("metrics.jsonl", lambda text: text.replace('"step": 2', '"step": 1'), "training steps once"),
             ("config.json", lambda text: text[:40], "JSONDecodeError")):
         before = (inner / name).read_text()

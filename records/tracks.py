@@ -170,9 +170,9 @@ def by_cost(rows, cost: str) -> list[dict]:
     return sorted((r for r in rows if cost in r["costs"]), key=lambda r: r["costs"][cost])
 
 
-def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float] | None:
-    """(difference, p) of a row to the line through its dense neighbours at the same cost; p, one-sided, that
-    it lies as far below by chance. Welch's t; the line's value at share w between neighbours a and b has the
+def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
+    """(difference, p, least seeds of a side) of a row to the line through its dense neighbours at the same
+    cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's value at share w between neighbours a and b has the
     variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside the dense models' range."""
     dense = by_cost((r for r in rows.values() if r["dense"]), cost)
     x = row["costs"].get(cost, math.nan)
@@ -183,19 +183,19 @@ def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, fl
             parts = [(row, 1.0), (a, 1 - w), (b, w)]
             variance = [k * k * r["sd"] ** 2 / r["n"] for r, k in parts]
             difference = row["mean"] - (1 - w) * a["mean"] - w * b["mean"]
-            if not sum(variance) > 0:  # a single seed
-                return difference, math.nan
+            seeds = min(r["n"] for r, _ in parts)
+            if seeds < 2:
+                return difference, math.nan, seeds
             df = sum(variance) ** 2 / sum(v * v / (r["n"] - 1) for v, (r, _) in zip(variance, parts))
-            return difference, survival(-difference / math.sqrt(sum(variance)), df)
+            return difference, survival(-difference / math.sqrt(sum(variance)), df), seeds
     return None
 
 
 def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
     if row["dense"] or (found := against_line(row, rows, cost)) is None:
         return "-"
-    difference, p = found
-    few = min(r["n"] for r in rows.values() if r["dense"] or r is row) < 4
-    if few or math.isnan(p):
+    difference, p, seeds = found
+    if seeds < 4:
         return f"{difference:+.4f}: too few seeds"
     return f"{difference:+.4f}, p {p:.2g}: {'beats' if p < 0.01 else 'does not beat'}"
 
