@@ -2,7 +2,7 @@
 
     python records/report.py                       # every record beside this script
     python records/report.py DIR... --out DIR      # of records, or of folders that hold records
-    python records/report.py --verify              # re-read all records, the tracks' too; exit 2 if one is off
+    python records/report.py --verify              # re-read every record; exit 2 if one is off
 
 Prints a line a record (and benchmarks' rows), writes the same between two markers of OUT/README.md, whose
 other text stays as it is, and draws OUT/pareto.png: validation loss against estimated FLOPs, measured time

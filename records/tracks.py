@@ -172,8 +172,8 @@ def by_cost(rows, cost: str) -> list[dict]:
 
 def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
     """(difference, p, least seeds of a side) of a row to the line through its dense neighbours at the same
-    cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's value at share w between neighbours a and b has the
-    variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside the dense models' range."""
+    cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's value at share w between
+    neighbours a and b has the variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside their range."""
     dense = by_cost((r for r in rows.values() if r["dense"]), cost)
     x = row["costs"].get(cost, math.nan)
     for a, b in zip(dense, dense[1:]):
