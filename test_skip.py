@@ -3,8 +3,8 @@
 The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the
 script.
 """
-import errno, fcntl, functools, hashlib, importlib, importlib.util, json, math, os, pickle, pty, random, re
-import shutil, signal, socket, struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
+import copy, dataclasses, errno, fcntl, functools, hashlib, importlib, importlib.util, json, math, os, pickle
+import pty, random, re, shutil, signal, socket, struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -822,11 +822,39 @@ def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
     assert tgs.learning_rate(0, Config(**TINY | dict(lr=2.0, warmup_fraction=0.0))) == 2.0
 
 
-def test_the_optimizers_groups_partition_the_parameters():
-    model, cfg = random_model()
-    groups = {g["name"]: g["params"] for g in tgs.make_optimizer(model, cfg).param_groups}
-    assert set(groups) == {"default", "norms", "routers"} and len(groups["routers"]) == 4
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizers_groups_partition_the_parameters(optimizer):
+    model, cfg = random_model(optimizer=optimizer)
+    optimizers = tgs.make_optimizers(model, cfg).values()
+    groups = {g["name"]: g["params"] for o in optimizers for g in o.param_groups}
+    assert set(groups) - {"matrices"} == {"default", "norms", "routers"}
+    assert ("matrices" in groups) == (optimizer == "muon")
+    assert len(groups["routers"]) == 4
+    assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == len(
+        list(model.parameters()))
+
+
+def test_muon_moves_the_blocks_matrices_alone_along_an_orthogonal_matrix_of_adamws_size():
+    """On its first step each matrix moves by 0.2 lr sqrt(max(m, n)) times U V^T of its gradient U S V^T, as
+    nearly as five Newton-Schulz steps find it (singular values 0.5 to 1.5); the rest moves as AdamW's."""
+    model, cfg = random_model(optimizer="muon")
+    twin = copy.deepcopy(model)
+    optimizers = tgs.make_optimizers(model, cfg), tgs.make_optimizers(twin, dataclasses.replace(
+        cfg, optimizer="adamw"))
+    inputs, targets = random_tokens(cfg)
+    for m, by_name in zip((model, twin), optimizers):
+        m(inputs, targets)[0].backward()
+        for o in by_name.values():
+            o.step()
+    before = dict(random_model(optimizer="muon")[0].named_parameters())
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        if not (name.startswith("layers.") and p.ndim == 2):
+            assert torch.equal(p, q)
+            continue
+        moved = ((before[name] - p) / (0.2 * cfg.lr * max(p.shape)**0.5)).detach().double()
+        u, s, vt = torch.linalg.svd(p.grad.double(), full_matrices=False)
+        along = (u.T @ moved @ vt.T).diagonal()[s > 1e-2 * s[0]]
+        assert along.min() > 0.3 and along.max() < 1.7 and not torch.equal(p, q), (name, along)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -951,6 +979,23 @@ def test_what_stops_at_a_target_loss_is_saved_as_it_is_then_and_resumes_there(tm
     assert tgs.checkpoints(stopped)[-1].name == f"checkpoint_{at}.pt"
     before = timeless(stopped)
     assert tgs.main(["--resume", str(stopped)]) == 0 and timeless(stopped) == before
+
+
+def test_a_run_with_muon_learns_and_resumes_as_if_nothing_had_happened(tmp_path, corpus, no_plot):
+    kw = dict(optimizer="muon", num_steps=20, save_every=10, val_every=10, lr=1e-2)
+    assert tgs.main(flags(corpus, tmp_path / "a", **kw)) == 0
+    whole = only_record(tmp_path / "a")
+    first, *_, last = events(whole, "val")
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.1
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "checkpoint_20.pt").unlink()
+    assert tgs.main(["--resume", str(cut)]) == 0
+    assert same_end(end_of(whole), end_of(cut))
+    state = torch.load(cut / "checkpoint_10.pt")
+    torch.save(state | dict(muon=state["optimizer"]), cut / "checkpoint_10.pt")
+    (cut / "checkpoint_20.pt").unlink()
+    assert tgs.main(["--resume", str(cut)]) == 2
 
 
 def test_training_learns_and_reaches_the_targets_of_the_gates(tmp_path, corpus):
@@ -1271,7 +1316,8 @@ def end_of(record):
     names = [p.name for p in tgs.checkpoints(record)]
     assert not list(record.glob("*.partial")) and len(names) <= 2
     state = tgs.read_checkpoint(record / names[-1])
-    moments = [t.clone() for s in state["optimizer"]["state"].values() for t in s.values()]
+    moments = [t.clone() for name in ("optimizer", "muon") if name in state
+               for s in state[name]["state"].values() for t in s.values()]
     return timeless(record), (record / "model.safetensors").read_bytes(), names, state["place"], moments
 
 

@@ -95,7 +95,8 @@ class Config:
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
-    # optimizer (AdamW) and schedule (linear warm-up, cosine decay)
+    # optimizer and schedule (linear warm-up, cosine decay)
+    optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
     beta1: float = flag(0.8, "decay of AdamW's first moment", allow="between 0 and 1")
     beta2: float = flag(0.95, "decay of AdamW's second moment", allow="between 0 and 1")
@@ -1019,15 +1020,23 @@ class TrainLoader:
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer and schedule.
 
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with one rate for the groups default, norms and routers, which partition the parameters."""
-    groups = {"default": [], "norms": [], "routers": []}
+def make_optimizers(model: nn.Module, cfg: Config) -> dict[str, torch.optim.Optimizer]:
+    """By their name in a checkpoint: AdamW, with one rate for the groups default, norms and routers; and with
+    --optimizer muon, Muon for the blocks' matrices, its updates scaled to the size of AdamW's, so that the
+    same lr suits. The groups partition the parameters."""
+    groups = {"default": [], "norms": [], "routers": [], "matrices": []}
     for name, p in model.named_parameters():
-        groups["norms" if "norm" in name else "routers" if name.startswith("masks.") else "default"].append(p)
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    return torch.optim.AdamW([{"params": p, "name": name} for name, p in groups.items() if p], lr=cfg.lr,
-                             betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay,
-                             fused=True)
+        matrix = cfg.optimizer == "muon" and name.startswith("layers.") and p.ndim == 2
+        groups["matrices" if matrix else "norms" if "norm" in name else
+               "routers" if name.startswith("masks.") else "default"].append(p)
+    matrices, common = groups.pop("matrices"), dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    adamw = torch.optim.AdamW([{"params": p, "name": name} for name, p in groups.items() if p],
+                              betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, **common)
+    if not matrices:
+        return {"optimizer": adamw}
+    muon = torch.optim.Muon([{"params": matrices, "name": "matrices"}], adjust_lr_fn="match_rms_adamw",
+                            **common)
+    return {"optimizer": adamw, "muon": muon}
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -1411,7 +1420,7 @@ class Trainer:
         retrofit = weights is not None and cfg.n_routers and is_dense(weights)
         self.origin = "new" if weights is None else f"from {cfg.init_from}" + (
             f", which is dense: {cfg.n_routers} routers are new") * bool(retrofit)
-        self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
+        self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
         self.compile_s = self.warm_up() if rt.compile else 0.0
@@ -1461,10 +1470,11 @@ class Trainer:
         self.check_finite(step, place, bad.tolist(), grad_norm)
         if cfg.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.max_grad_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         stats = gates.view(-1, 4)
         self.control.update(moments(stats, cfg.step_tokens))
         rt.synchronize()
@@ -1497,7 +1507,8 @@ class Trainer:
         if not self.rt.main:
             return
         os.fsync(record.metrics.fileno())
-        state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"step": step, "model": self.model.state_dict(),
+                 **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                  "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
                  "train_flops": self.train_flops,
                  "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
@@ -1508,16 +1519,17 @@ class Trainer:
     def restore(self, state: dict, source: Path):
         try:
             load_weights(self.model, state["model"], source)
-            self.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state[name])
             self.control.load_state_dict(state["control"])
             self.loader.seek(tuple(state["place"]))
             torch.set_rng_state(state["rng"])
             self.train_s, self.train_flops = float(state["train_s"]), state.get("train_flops")
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
-            own = {p: {k: self.optimizer.state[p][k].shape for k in ("exp_avg", "exp_avg_sq")}
-                   for p in self.model.parameters()}
+            moments = {"optimizer": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
             if self.control.coef.shape != self.control.target.shape or any(
-                    shape != p.shape for p, shapes in own.items() for shape in shapes.values()):
+                    optimizer.state[p][k].shape != p.shape for name, optimizer in self.optimizers.items()
+                    for group in optimizer.param_groups for p in group["params"] for k in moments[name]):
                 raise ValueError("moments or coefficients of other sizes")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "

@@ -37,6 +37,13 @@ ROWS = {  # name: (what it is, flags)
                                 ["--mean_target_end", "0.25", "--coef_update", "0.003"]),
     "random_8_0.25": ("the same targets met by a coin instead of a router",
                       ["--control", "random", "--mean_target_end", "0.25"]),
+    "muon_dense_8": ("dense, Muon for the blocks' matrices", ["--control", "dense", "--optimizer", "muon"]),
+    "muon_gated_8_0.25": ("gated_8_0.25 with Muon for the blocks' matrices",
+                          ["--mean_target_end", "0.25", "--optimizer", "muon"]),
+    "muon_dense_4": ("dense, Muon for the blocks' matrices",
+                     ["--control", "dense", "--n_layers", "4", "--optimizer", "muon"]),
+    "muon_dense_6": ("dense, Muon for the blocks' matrices",
+                     ["--control", "dense", "--n_layers", "6", "--optimizer", "muon"]),
 }
 
 
@@ -150,7 +157,8 @@ def gather(folder: Path) -> dict[str, dict]:
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
             row["losses"].append(s["cross_entropy"])
             row["records"].append(path.name)
-            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], date=path.name[:10])
+            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], date=path.name[:10],
+                        line="Muon" if name.startswith("muon_") else "AdamW")
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]),
                                 ("forward time", seconds.get(name, {}).get("forward")),
@@ -166,15 +174,18 @@ def gather(folder: Path) -> dict[str, dict]:
     return rows
 
 
-def by_cost(rows, cost: str) -> list[dict]:
-    return sorted((r for r in rows if cost in r["costs"]), key=lambda r: r["costs"][cost])
+def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
+    """The dense rows of an optimizer, the cheapest first."""
+    return sorted((r for r in rows.values() if r["dense"] and r["line"] == line and cost in r["costs"]),
+                  key=lambda r: r["costs"][cost])
 
 
 def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
-    """(difference, p, least seeds of a side) of a row to the line through its dense neighbours at the same
-    cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's value at share w between
-    neighbours a and b has the variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside their range."""
-    dense = by_cost((r for r in rows.values() if r["dense"]), cost)
+    """(difference, p, least seeds of a side) of a row to the line through its dense neighbours, of the same
+    optimizer, at the same cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's value
+    at share w between neighbours a and b has the variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside
+    their range."""
+    dense = dense_line(rows, row["line"], cost)
     x = row["costs"].get(cost, math.nan)
     for a, b in zip(dense, dense[1:]):
         low, high = a["costs"][cost], b["costs"][cost]
@@ -221,12 +232,14 @@ def figure(rows: dict[str, dict], path: Path):
     fig, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs), 4.2), sharey=True, squeeze=False,
                              layout="constrained")
     for ax, cost in zip(axes[0], costs):
-        dense = by_cost((r for r in rows.values() if r["dense"]), cost)
-        ax.errorbar([r["costs"][cost] for r in dense], [r["mean"] for r in dense], [r["sd"] for r in dense],
-                    fmt="s-", color="0.35", ms=5, lw=1, capsize=3, label="dense, blocks labelled")
-        for r in dense:
-            ax.annotate(str(r["n_layers"]), (r["costs"][cost], r["mean"]), (7, 4), textcoords="offset points",
-                        fontsize=9, color="0.35")
+        for line, color in zip(sorted({r["line"] for r in rows.values()}), ("0.35", "C0")):
+            dense = dense_line(rows, line, cost)
+            ax.errorbar([r["costs"][cost] for r in dense], [r["mean"] for r in dense],
+                        [r["sd"] for r in dense], fmt="s-", color=color, ms=5, lw=1, capsize=3,
+                        label=f"dense, {line}, blocks labelled")
+            for r in dense:
+                ax.annotate(str(r["n_layers"]), (r["costs"][cost], r["mean"]), (7, 4),
+                            textcoords="offset points", fontsize=9, color=color)
         for i, r in enumerate(r for r in rows.values() if not r["dense"]):
             ax.errorbar(r["costs"].get(cost, math.nan), r["mean"], r["sd"], fmt="o", ms=7, capsize=3,
                         color=f"C{(i + 3) % 10}", label=r["name"])
