@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train, evaluate or test, setting up what is missing:
 #   ./run.sh [flags]              train; without shards or GPU, the demo (python train_gpt_skip.py --help: all flags)
-#   ./run.sh eval|sample|export|report|bench|tracks [flags]  a tool of records/
+#   ./run.sh eval|sample|export|report|bench|plan|tracks [flags]  a tool of records/
 #   ./run.sh test [pytest flags]  run the tests
 # NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS go to torchrun.
 set -euo pipefail
@@ -33,7 +33,7 @@ fi
 case "${1:-train}" in
     test) shift; exec "$python" -m pytest -q test_skip.py "$@" ;;
     eval) shift; exec "$python" records/evaluate.py "$@" ;;
-    sample|export|report|bench|tracks) tool=$1; shift; exec "$python" "records/$tool.py" "$@" ;;
+    sample|export|report|bench|plan|tracks) tool=$1; shift; exec "$python" "records/$tool.py" "$@" ;;
     train) shift || true ;;
 esac
 

@@ -4,7 +4,8 @@ The oracle is a transcription of the paper's equations in float64, with loops, t
 script.
 """
 import copy, dataclasses, errno, fcntl, functools, hashlib, importlib, importlib.util, json, math, os, pickle
-import pty, random, re, shutil, signal, socket, struct, subprocess, sys, sysconfig, tempfile, termios, threading, time
+import pty, random, re, shutil, signal, socket, struct, subprocess, sys, sysconfig, tempfile, termios
+import threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -2575,6 +2576,83 @@ def report_record(parent, name, second=0, summary=(), env=(), **settings):
     for file, content in (("config", config), ("env", env), ("summary", summary)):
         (folder / f"{file}.json").write_text(json.dumps(content))
     return folder
+
+
+PLANNED = dict(dim=64, n_heads=4, n_layers=4, max_seq_len=256, vocab_size=512, device_batch_size=2,
+               batch_size=2)
+
+
+@pytest.mark.parametrize("kw", [dict(control="dense"), dict(), dict(n_kv_heads=2, norm="pre"),
+                                dict(ffn_dim_multiplier=2.5, n_layers=6)], ids=str)
+def test_the_plans_flops_and_parameters_are_those_that_torch_counts(kw):
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = Config(**PLANNED | kw)
+    plan, model = importlib.import_module("plan"), MiddleSkippingTransformer(cfg)
+    tgs.initialise(model, cfg)
+    for router in model.masks:
+        torch.nn.init.constant_(router.linear.bias, -9.0)  # all gates open
+    inputs = torch.randint(512, (2, 256))
+    into = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}  # shapes
+    with FlopCounterMode(display=False, custom_mapping=into) as counter:
+        model(inputs, inputs)[0].backward()
+    of = {str(k).split(".")[1]: v for k, v in counter.get_flop_counts()["Global"].items()}
+    counts = plan.counts(cfg)
+    assert counts["parameters"] == sum(p.numel() for p in model.parameters())
+    routers = 4 * inputs.numel() * cfg.dim * cfg.n_routers  # forward, and of the weight or the input
+    products = of["mm"] + of.get("addmm", 0) + of.get("addmm_", 0)
+    assert counts["products"] + counts["head"] == pytest.approx(products, abs=2 * routers)
+    exact = 12 * cfg.n_layers * cfg.dim * 2 * 256 * 257 / 2
+    assert counts["model_flops"] == pytest.approx(products + exact, abs=2 * routers)
+    assert counts["attention"] == 14 * cfg.n_layers * cfg.dim * 2 * 3 * 128**2  # 3 of 4 blocks, causal
+
+
+def test_the_plans_bytes_are_those_that_inductor_counts_of_a_blocks_kernels(monkeypatch):
+    """Per row, by the difference of two sizes; matrix products, which are counted as FLOPs, left out. The
+    plan's are those of kernels for sm_90; a CPU's fuse a little less."""
+    from torch._inductor import metrics, scheduler
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    plan, per_row = importlib.import_module("plan"), {}
+    cfg = Config(**PLANNED | dict(dim=128))
+    block, D = MiddleSkippingTransformer(cfg).layers[0], cfg.head_dim
+    for n in (256, 512):
+        torch._dynamo.reset()
+        metrics.reset()
+        h, g, y = torch.randn(n, 128), torch.rand(n), torch.randn(n, 4, D, dtype=torch.bfloat16)
+        h, g, y = (x.requires_grad_() for x in (h, g, y))
+        angles = torch.rand(n, D // 2), torch.rand(n, D // 2)
+        for part, inputs in (tgs.Block.before, (h, g, *angles)), (tgs.Block.after, (h, g, y)):
+            torch._logging.set_logs(inductor_metrics=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = torch.compile(part, dynamic=False)(block, *inputs)
+            outs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(outs, [torch.randn_like(o) for o in outs])
+        torch._logging.set_logs()
+        per_row[n] = sum(4 * e for node, e in metrics.nodes_num_elem
+                         if not isinstance(node, scheduler.ExternKernelSchedulerNode))
+    counted = (per_row[512] - per_row[256]) / 256
+    planned = plan.counts(cfg)["pointwise"] / cfg.n_layers / 512
+    assert 0.8 * counted < planned <= counted
+
+
+def test_the_plan_prints_estimates_that_say_so_and_refuses_what_cannot_be(capsys):
+    plan, bench = importlib.import_module("plan"), load_bench()
+    assert plan.main(["--sparsity", "0", "0.75", "--tokens", "1e9"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("ESTIMATE") and "assumed" in text and "2 x 8" in text and "75%" in text
+    cfg = Config()
+    ms = [plan.micro_batch(cfg, s, "H100")["total"] for s in (0, 0.25, 0.5, 0.75)]
+    assert ms == sorted(ms, reverse=True)
+    one, four = (plan.step(cfg, 0.5, "H100", d, 1) for d in (1, 4))
+    assert 3.5 < four["tokens_per_s"] / one["tokens_per_s"] <= 4
+    for argv, word in ((["--sparsity", "1"], "--sparsity"), (["--tokens", "0"], "--tokens"),
+                       (["--dim", "7"], "--dim")):
+        assert plan.main(argv) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+    rows = [dict(mode="train", variant=v, sparsity=s, seconds=0.1)
+            for v, s in (("dense", None), ("gated", 0.5))]
+    said = list(bench.beside_estimates(cfg, rows, "NVIDIA H100 80GB HBM3"))
+    assert len(said) == 3 and "measured 100.0, estimated" in said[1] and "(H100)" in said[0]
 
 
 def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_path, capsys):

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import plan  # noqa: E402
 import sample  # noqa: E402
 from sample import tgs  # noqa: E402
 
@@ -442,6 +443,22 @@ def gpu_tests():
     return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
 
 
+def beside_estimates(cfg, rows, name=None):
+    """A line for each training row: its measured time beside plan.py's estimate for this GPU."""
+    name = name or torch.cuda.get_device_name()
+    sheet = next((known for known in plan.DEVICES if known in name), "H100")
+    yield f"training step of one micro-batch, ms: measured here ({name}), and estimated by plan.py ({sheet})"
+    for r in rows:
+        if r["mode"] == "train" and r["variant"] != "eager":
+            side = cfg.dense() if r["variant"] == "dense" else cfg
+            estimate = plan.micro_batch(side, r["sparsity"] or 0.0, sheet)
+            estimate["update"] = plan.step(side, r["sparsity"] or 0.0, sheet, 1, 1)["update"]
+            total = estimate.pop("total") + estimate["update"]
+            parts = ", ".join(f"{k} {1e3 * v:.1f}" for k, v in estimate.items() if v)
+            yield (f"{r['variant']:6s}" + ("" if r["sparsity"] is None else f" {r['sparsity']:.0%}")
+                   + f": measured {1e3 * r['seconds']:.1f}, estimated {1e3 * total:.1f} ({parts})")
+
+
 class Report:
     COLUMNS = ("mode", "variant", "sparsity", "batch", "seconds", "tokens_per_s", "flops_per_token",
                "speedup", "flops_speedup", "efficiency", "mfu", "peak_bytes")
@@ -498,6 +515,7 @@ def measure(args, cfg, rt):
     save = write_record(cfg, rt, matmul_flops_per_s=products.rate, rows=rows, host=host, kernels=kernels,
                         gpu_tests=None, carriers=None)
     if args.gpu_report:  # what was measured before is kept, should these fail
+        print(*beside_estimates(cfg, report.rows), sep="\n")
         tests = gpu_tests()
         save(gpu_tests=tests)
         carriers = measure_carriers(bench, args.rounds)

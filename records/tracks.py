@@ -182,9 +182,9 @@ def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
 
 def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
     """(difference, p, least seeds of a side) of a row to the line through its dense neighbours, of the same
-    optimizer, at the same cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's value
-    at share w between neighbours a and b has the variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None outside
-    their range."""
+    optimizer, at the same cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's
+    value at share w between neighbours a and b has the variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None
+    outside their range."""
     dense = dense_line(rows, row["line"], cost)
     x = row["costs"].get(cost, math.nan)
     for a, b in zip(dense, dense[1:]):
