@@ -86,7 +86,7 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
 # ---- timing -----------------------------------------------------------------------------------------------
 
 def measure(rows: list[str], rounds: int, folder: Path) -> int:
-    """Seconds of a forward pass and of a training step (forward, backward, AdamW) of each row's seed 0, on
+    """Seconds of a forward pass and of a training step (forward, backward, optimizer) of each row's seed 0, on
     the same validation text, in turn in this process: medians, and ratios to the dense model of 8 blocks."""
     sys.path.insert(0, str(HERE.parent))
     import torch
@@ -94,10 +94,13 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
     found, sides = recorded(folder), {}
     for row in rows:
         cfg, weights = tgs.resolve(dict(init_from=str(found[row, 0])), (
-            *tgs.GATE_FIELDS, "val_files", "val_tokens", "batch_size", "device_batch_size"))
+            *tgs.GATE_FIELDS, "optimizer", "val_files", "val_tokens", "batch_size", "device_batch_size"))
         rt = tgs.Runtime(cfg)
         model = tgs.build_model(cfg, rt, weights, str(found[row, 0]))
-        sides[row] = cfg, model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        optimizers = tgs.make_optimizers(model, cfg).values()
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = 0.0
+        sides[row] = model, optimizers
     shards, T = tgs.Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files"), cfg.max_seq_len
     places = tgs.sequences(shards, cfg)
     seconds = {row: ([], []) for row in rows}
@@ -105,15 +108,16 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
         first = i * cfg.device_batch_size % (len(places) - cfg.device_batch_size)
         batch = torch.stack([shards.window(*place, T + 1)
                              for place in places[first:first + cfg.device_batch_size]])
-        for row, (cfg, model, optimizer) in sides.items():
+        for row, (model, optimizers) in sides.items():
             def forward():
                 with torch.no_grad():
                     model(batch[:, :-1], batch[:, 1:])
 
             def step():
                 model(batch[:, :-1], batch[:, 1:])[0].backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
 
             for into, what in zip(seconds[row], (forward, step)):
                 start = time.perf_counter()
