@@ -44,6 +44,16 @@ ROWS = {  # name: (what it is, flags)
                      ["--control", "dense", "--n_layers", "4", "--optimizer", "muon"]),
     "muon_dense_6": ("dense, Muon for the blocks' matrices",
                      ["--control", "dense", "--n_layers", "6", "--optimizer", "muon"]),
+    "muon_dense_2": ("dense, Muon for the blocks' matrices",
+                     ["--control", "dense", "--n_layers", "2", "--optimizer", "muon"]),
+    "muon_random_8_0.25": ("random_8_0.25 with Muon for the blocks' matrices",
+                           ["--control", "random", "--mean_target_end", "0.25", "--optimizer", "muon"]),
+    "muon_gated_12_0.25": ("muon_gated_8_0.25 with 12 blocks",
+                           ["--n_layers", "12", "--mean_target_end", "0.25", "--optimizer", "muon"]),
+    "muon_gated_8_0.5": ("muon_gated_8_0.25 with half of the tokens in the middle",
+                         ["--mean_target_end", "0.5", "--optimizer", "muon"]),
+    "muon_gated_8_0.125": ("muon_gated_8_0.25 with an eighth of the tokens in the middle",
+                           ["--mean_target_end", "0.125", "--optimizer", "muon"]),
 }
 
 
