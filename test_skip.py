@@ -140,8 +140,9 @@ def random_tokens(cfg, B=2, T=6, seed=0):
 
 def model_logits(model, tokens):
     B, T = tokens.shape
-    h, _, depth = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T),
-                               torch.arange(T).repeat(B), B)
+    depth = torch.zeros(B * T, dtype=torch.int64)
+    h, _ = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B), B,
+                        depth)
     return model.output(h).view(B, T, -1), depth.view(B, T)
 
 
@@ -163,7 +164,7 @@ def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):
     want = oracle_loss(logits, gates, targets, alpha + alpha[::-1], beta + beta[::-1])
     want.backward()
 
-    ce, stats, _ = model(inputs, targets)
+    ce, stats = model(inputs, targets)
     control = tgs.GateControl(cfg, "cpu")
     control.coef = torch.tensor([alpha, beta], dtype=torch.float64)
     loss = ce + control.loss(tgs.moments(stats, inputs.numel()))
@@ -191,7 +192,7 @@ def test_packed_and_masked_agree_in_the_loss_and_in_every_gradient(seed, closing
     for compute in ("packed", "masked"):
         model.cfg.compute = compute
         model.zero_grad()
-        ce, stats, _ = model(inputs, targets)
+        ce, stats = model(inputs, targets)
         (ce + 0.3 * tgs.moments(stats, B * T).sum()).backward()
         results.append([ce, stats[:, :3], *(p.grad for p in model.parameters())])
     for a, b in zip(*results):  # float32 sums in another order: to 1e-4 of a tensor's largest number
@@ -251,7 +252,8 @@ def test_random_gates_are_open_as_often_as_their_targets_ask_nested_and_the_same
                               vocab_size=257, max_seq_len=64)
     inputs, targets = random_tokens(cfg, 64, 64)
     with torch.no_grad():
-        _, stats, depth = model(inputs, targets)
+        depth = torch.zeros_like(inputs)
+        _, stats = model(inputs, targets, depth)
         torch.testing.assert_close(stats[:, 2] / inputs.numel(), torch.tensor([0.9, 0.55, 0.2]).double(),
                                    rtol=0, atol=0.03)
         assert torch.equal(stats[:, 0], stats[:, 2]) and not model.masks
@@ -259,7 +261,8 @@ def test_random_gates_are_open_as_often_as_their_targets_ask_nested_and_the_same
         model.cfg.compute = "masked"
         torch.testing.assert_close(model(inputs, targets)[1][:, :3], stats[:, :3])
     model.cfg = Config(**TINY | dict(control="random", n_layers=6, seed=1, max_seq_len=64, vocab_size=257))
-    assert not torch.equal(model(inputs, targets)[2], depth)
+    model(inputs, targets, other := torch.zeros_like(inputs))
+    assert not torch.equal(other, depth)
 
 
 def test_a_gate_that_has_reached_zero_passes_no_gradient():
@@ -272,7 +275,7 @@ def test_a_gate_that_has_reached_zero_passes_no_gradient():
 def test_a_batch_in_which_no_token_runs_any_block_still_gives_every_parameter_a_gradient():
     model, cfg = random_model(5)
     torch.nn.init.constant_(model.masks[0].linear.bias, 1e3)
-    ce, stats, _ = model(*random_tokens(cfg))
+    ce, stats = model(*random_tokens(cfg))
     ce.backward()
     assert stats[:, 2].tolist() == [0, 0]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -352,9 +355,9 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
     ln_g = tgs.log_gate(g) if gated else None
     with torch.no_grad():
         layout = tgs.make_layout(seq, torch.zeros_like(seq), torch.arange(n), 1 + len(lengths),
-                                 (torch.ones(1, 8),) * 2)
+                                 (torch.ones(1, 8),) * 2, n, True)
         rows = tgs.attend_rows(q, k, v, ln_g, layout)
-        flex = tgs.attend_flex(q, k, v, ln_g, layout._replace(mask=lambda: tgs.block_mask(seq)))
+        flex = tgs.attend_flex(q, k, v, ln_g, layout)
     seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any()
                                                        for i in range(n)])
     torch.testing.assert_close(rows[seen], flex[seen], rtol=1e-4, atol=1e-5)
@@ -369,10 +372,11 @@ def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
     model, cfg = random_model(9, **kw)
     inputs, targets = random_tokens(cfg, 3, 7)
     with torch.no_grad():
-        want, stats, depth = model(inputs, targets)
+        depth, flex_depth = torch.zeros_like(inputs), torch.zeros_like(inputs)
+        want, stats = model(inputs, targets, depth)
         logits, cached, _ = decoded(model, [[1, 2, 3], [4, 5]], 3)
         monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
-        loss, flex_stats, flex_depth = model(inputs, targets)
+        loss, flex_stats = model(inputs, targets, flex_depth)
         flex_logits, flex_cached, _ = decoded(model, [[1, 2, 3], [4, 5]], 3)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(flex_stats, stats, rtol=1e-5, atol=1e-5)
@@ -431,27 +435,29 @@ def test_the_head_in_chunks_is_cross_entropy_and_padding_columns_do_not_show(pad
 def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_change(monkeypatch):
     from torch._dynamo.utils import counters
     model, cfg = random_model(10, n_layers=8, max_seq_len=32)
-    model.lower = functools.cache(functools.partial(torch.compile, dynamic=True, backend="aot_eager"))
-    after_warm_up = None
-    for B, closing in ((4, -99.0), (4, 0.2), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (5, 0.05), (1, 0.1)):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model.lower = functools.cache(tgs.compiled.__wrapped__)
+    graphs = []  # (the first two as a run warms up: every gate open, then closing)
+    for B, closing in ((4, -99.0), (4, 1.0), (4, 0.2), (3, 0.1), (4, 0.5), (2, 0.8), (5, 0.05), (1, 0.1)):
         for router in model.masks:
             torch.nn.init.constant_(router.linear.bias, closing)
         inputs, targets = random_tokens(cfg, B, 32)
-        ce, stats, _ = model(inputs, targets)
+        ce, stats = model(inputs, targets)
         (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
         with torch.no_grad():
             model(inputs, targets)
-        after_warm_up = after_warm_up or counters["stats"]["unique_graphs"]
-    assert counters["stats"]["unique_graphs"] == after_warm_up
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1] > graphs[0]
 
 
 def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(monkeypatch):
-    """Compiled by itself, as on CUDA: each call brings a new mask, a new score function and another n. A run
-    begins with every gate open, and a validation may end with a batch of one sequence."""
+    """Compiled by itself, as on CUDA: each call brings a new mask and another n, which at first is as many
+    blocks as there are sizes of heads. A run begins with every gate open, and a validation may end with a
+    batch of one sequence."""
     from torch._dynamo.utils import counters
     monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
-    for name in ("flex_attention", "mask_tables"):
-        monkeypatch.setattr(tgs, name, torch.compile(getattr(tgs, name), dynamic=True, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(tgs, "flex_attention", tgs.compiled.__wrapped__(tgs.flex_attention))
     model, cfg = random_model(10, n_layers=4, max_seq_len=256)
     seen, after_warm_up = set(), None
     for B, closing in ((4, -99.0), (4, 0.3), (3, 0.1), (4, 0.5), (2, 0.8), (1, 0.05), (1, -99.0)):
@@ -459,7 +465,7 @@ def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(mon
             torch.nn.init.constant_(router.linear.bias, closing)
         inputs, targets = random_tokens(cfg, B, 256)
         with torch.no_grad():
-            _, stats, _ = model(inputs, targets)
+            _, stats = model(inputs, targets)
         seen |= set(stats[:, 2].tolist())
         after_warm_up = after_warm_up or counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == after_warm_up and len({-(-n // tgs.ROWS) for n in seen}) > 2
@@ -481,7 +487,7 @@ def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw):
         if device == "cuda":
             torch.set_float32_matmul_precision("highest")
             model.lower = tgs.compiled
-        ce, stats, _ = model(inputs.to(device), targets.to(device))
+        ce, stats = model(inputs.to(device), targets.to(device))
         (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
         results.append([ce.cpu(), *(p.grad.cpu() for p in model.parameters())])
     for a, b in zip(*results):
@@ -684,7 +690,7 @@ def test_the_gate_loss_of_each_rule_is_table_1s(rule, want):
 def test_variance_is_over_the_population_of_all_tokens_skipped_ones_included():
     model, cfg = random_model(6, closing=0.3)
     inputs, targets = random_tokens(cfg)
-    _, stats, _ = model(inputs, targets)
+    _, stats = model(inputs, targets)
     _, gates = oracle_forward(inputs, {k: v.detach().double() for k, v in model.named_parameters()}, cfg)
     want = gates.flatten(1).var(1, unbiased=False)
     assert tgs.gate_report(stats.detach(), inputs.numel())["gate_var"] == pytest.approx(want.tolist(),
@@ -702,7 +708,7 @@ def test_realised_flops_are_those_that_torch_counts(kw, monkeypatch):
     inputs, targets = random_tokens(cfg)
     monkeypatch.setattr(tgs, "QUERY_ROWS", 1)  # a row at a time: exactly the causal pairs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _, stats, _ = model(inputs, targets)
+        _, stats = model(inputs, targets)
     assert tgs.realised_flops(cfg, stats, inputs.numel()) == counter.get_total_flops()
 
 
@@ -2603,12 +2609,12 @@ def test_the_plans_flops_and_parameters_are_those_that_torch_counts(kw):
     assert counts["products"] + counts["head"] == pytest.approx(products, abs=2 * routers)
     exact = 12 * cfg.n_layers * cfg.dim * 2 * 256 * 257 / 2
     assert counts["model_flops"] == pytest.approx(products + exact, abs=2 * routers)
-    assert counts["attention"] == 14 * cfg.n_layers * cfg.dim * 2 * 3 * 128**2  # 3 of 4 blocks, causal
+    assert plan.counts(cfg.dense())["attention"] == 14 * cfg.n_layers * cfg.dim * 2 * 3 * 128**2  # 3 of 4 blocks
 
 
 def test_the_plans_bytes_are_those_that_inductor_counts_of_a_blocks_kernels(monkeypatch):
     """Per row, by the difference of two sizes; matrix products, which are counted as FLOPs, left out. The
-    plan's are those of kernels for sm_90; a CPU's fuse a little less."""
+    plan's are those of kernels for sm_90; a CPU's fuse less, and walk the rows again for a norm's weight."""
     from torch._inductor import metrics, scheduler
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     plan, per_row = importlib.import_module("plan"), {}
@@ -2620,18 +2626,18 @@ def test_the_plans_bytes_are_those_that_inductor_counts_of_a_blocks_kernels(monk
         h, g, y = torch.randn(n, 128), torch.rand(n), torch.randn(n, 4, D, dtype=torch.bfloat16)
         h, g, y = (x.requires_grad_() for x in (h, g, y))
         angles = torch.rand(n, D // 2), torch.rand(n, D // 2)
-        for part, inputs in (tgs.Block.before, (h, g, *angles)), (tgs.Block.after, (h, g, y)):
+        for part, inputs in (tgs.Block.before, (h, g, *angles, True)), (tgs.Block.after, (h, g, y)):
             torch._logging.set_logs(inductor_metrics=True)
             with torch.autocast("cpu", torch.bfloat16):
                 out = torch.compile(part, dynamic=False)(block, *inputs)
-            outs = out if isinstance(out, tuple) else (out,)
+            outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
             torch.autograd.backward(outs, [torch.randn_like(o) for o in outs])
         torch._logging.set_logs()
         per_row[n] = sum(4 * e for node, e in metrics.nodes_num_elem
                          if not isinstance(node, scheduler.ExternKernelSchedulerNode))
     counted = (per_row[512] - per_row[256]) / 256
     planned = plan.counts(cfg)["pointwise"] / cfg.n_layers / 512
-    assert 0.8 * counted < planned <= counted
+    assert 0.7 * counted < planned <= counted
 
 
 def test_the_plan_prints_estimates_that_say_so_and_refuses_what_cannot_be(capsys):

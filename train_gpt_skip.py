@@ -301,6 +301,11 @@ def eager(function):
 @functools.cache
 def compiled(function):
     """One graph for all layers and all numbers of active tokens."""
+    import torch.fx.experimental._config as shapes
+    import torch._inductor.config as inductor
+    shapes.use_duck_shape = False  # a number of rows that equals another size does so by chance
+    # By default a norm's backward walks few rows in another way than many, which is another graph.
+    inductor.triton.mix_order_reduction_non_strict_mode = True
     return torch.compile(function, dynamic=True)
 
 
@@ -343,16 +348,15 @@ QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
 
 class Layout(NamedTuple):
-    """Which tokens the rows of a packed (n, ...) tensor are. Sequences are contiguous, positions ascend."""
-    seq: Tensor  # (n,) sequence of each row; rows that pad n to a multiple have a sequence of their own
-    pos: Tensor  # (n,) original position of each row in its sequence
-    row: Tensor  # (tokens,) row of the micro-batch that each came from
-    n: int  # rows that are tokens; any further ones are padding
-    counts: Tensor  # (sequences,) tokens of each sequence that are here
-    cos: Tensor  # (n, head_dim / 2) rotary angles
+    """Which tokens the rows of a packed tensor are. Sequences are contiguous, positions ascend. Where a GPU
+    computes, further rows pad them to `padded_rows`: a sequence of their own, which nobody sees."""
+    seq: Tensor  # (n,) sequence of each token
+    pos: Tensor  # (n,) its position there
+    row: Tensor  # (n,) the row of the micro-batch that it came from
+    counts: Tensor  # (sequences + 1,) tokens of each sequence that are here; the last are padding, and 0
+    cos: Tensor  # (n or padded, head_dim / 2) rotary angles
     sin: Tensor
-    lengths: list[int] | None  # counts on the host (CPU)
-    mask: Callable[[], BlockMask] | None  # causal within a sequence, made when first asked for (CUDA)
+    tables: list[Tensor] | None  # `mask_tables` (CUDA)
     cache: object = None  # keys and values of earlier tokens (decoding)
 
     def pairs(self) -> Tensor:
@@ -360,15 +364,29 @@ class Layout(NamedTuple):
         return (self.counts * (self.counts + 1)).sum().double() / 2
 
 
-def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor]) -> Layout:
-    """The layout of n tokens; on CUDA with rows added, of sequence n_seqs, that nobody sees (`padded`)."""
-    n, flex = len(seq), uses_flex(seq.device)
-    counts = torch.zeros(n_seqs, dtype=torch.int64, device=seq.device)
-    counts = counts.index_add_(0, seq, torch.ones_like(seq))  # bincount would wait for the host
-    seq, pos = padded(seq, n_seqs), padded(pos, 0)
-    return Layout(seq, pos, row, n, counts, rope[0][pos], rope[1][pos],
-                  lengths=None if flex else counts.tolist(),
-                  mask=functools.cache(lambda: block_mask(seq)) if flex else None)
+def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor],
+                rows: int, flex: bool) -> Layout:
+    """The layout of n tokens in so many rows, n or padded."""
+    each = torch.arange(n_seqs + 1, device=seq.device)
+    counts = torch.searchsorted(seq, each, right=True) - torch.searchsorted(seq, each)
+    angle = padded(pos, rows, 0)
+    return Layout(seq, pos, row, counts, rope[0][angle], rope[1][angle],
+                  mask_tables(padded(seq, rows, n_seqs)) if flex else None)
+
+
+def gather(h: Tensor, S: Tensor, g: Tensor, layout: Layout, keep: Tensor, rope: tuple[Tensor, Tensor],
+           rows: int) -> tuple[Tensor, Tensor, Tensor, Layout]:
+    """The tokens `keep` (n,) of h (n, d), S and g, padded, and their layout: in one graph, since the host has
+    just waited for `keep` and the device with it."""
+    at, S, g = padded(keep, rows, 0), padded(S[keep], rows, 1.0), padded(g[keep], rows, 0.0)
+    return h.index_select(0, at), S, g, make_layout(
+        layout.seq[keep], layout.pos[keep], layout.row[keep], len(layout.counts) - 1, rope, rows,
+        layout.tables is not None)
+
+
+def put_back(h: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+    """h with its rows `keep` (n,) replaced by the first n of x."""
+    return h.index_copy(0, keep, x[:len(keep)])
 
 
 def uses_flex(device: torch.device) -> bool:
@@ -376,14 +394,12 @@ def uses_flex(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def flex_lower(device: torch.device):
-    """Eager FlexAttention would hold all n x n scores."""
-    return compiled if device.type == "cuda" else eager
+def padded_rows(n: int, flex: bool) -> int:
+    """n, or what FlexAttention takes in one graph."""
+    return max(2 * ROWS, -(-n // ROWS) * ROWS) if flex else n
 
 
-def padded(x: Tensor, value) -> Tensor:
-    """x (n,) with n rounded up to what FlexAttention takes without another graph; elsewhere x itself."""
-    rows = max(2 * ROWS, -(-len(x) // ROWS) * ROWS) if uses_flex(x.device) else len(x)
+def padded(x: Tensor, rows: int, value) -> Tensor:
     return x if rows == len(x) else F.pad(x, (0, rows - len(x)), value=value)
 
 
@@ -413,14 +429,11 @@ def mask_tables(seq: Tensor) -> list[Tensor]:
             *tables(b, hi, tail, hi, b + 1, full_hi - 1 - b)]
 
 
-def block_mask(seq: Tensor) -> BlockMask:
-    # (a copy: dynamo guards on the size of what a view is a view of)
-    start, *tables = flex_lower(seq.device)(mask_tables)(seq.clone())
-
+def block_mask(start: Tensor, *tables: Tensor) -> BlockMask:
     def causal_same_sequence(b, h, q, k):
         return (q >= k) & (k >= start[q])
 
-    return BlockMask((len(seq), len(seq)), *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
+    return BlockMask((len(start), len(start)), *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
 
 
 def log_gate(g: Tensor) -> Tensor:
@@ -432,29 +445,45 @@ def log_gate(g: Tensor) -> Tensor:
 def attention_kernel(layout: Layout):
     """What computes Eq. 3 on this layout: causal attention within each sequence, ln g_j added to the logit of
     key j, softmax in float32. A function of q (n, heads, head_dim), k and v (n, kv_heads, head_dim), ln_g
-    (n,) or None (no gate), and the layout; it returns (n, heads, head_dim)."""
+    (n,) or None (no gate, or `carried` by q and k), and the layout; it returns (n, heads, head_dim)."""
     if layout.cache is not None:
         return layout.cache.attend
-    return attend_rows if layout.mask is None else attend_flex
+    return attend_rows if layout.tables is None else attend_flex
+
+
+def carried(q: Tensor, k: Tensor, ln_g: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
+    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, where
+    FlexAttention would sum that of a captured tensor by an atomic addition for every pair."""
+    unit = 2.0 ** round(math.log2(q.shape[-1]) / 2)  # near sqrt(head_dim), and exact
+    value = ln_g * (math.sqrt(q.shape[-1]) / unit)
+    high = value.detach().to(k.dtype)
+    parts = torch.stack((high, (value - high).to(k.dtype)), -1)[:, None].expand(-1, k.shape[1], -1)
+    ones = q.new_full((*q.shape[:2], 2), unit)
+    return tuple(F.pad(torch.cat(both, -1), (0, 6)) for both in ((q, ones), (k, parts)))
 
 
 def attend_flex(q, k, v, ln_g, layout):
-    def add_log_gate(score, b, h, i, j):
-        return score + ln_g[j]
-
-    assert len(q) == len(k) and len(q) % ROWS == 0  # `padded`: what IS_DIVISIBLE promises
+    if ln_g is not None:
+        q, k = carried(q, k, ln_g)
+    assert len(q) == len(k) and len(q) % ROWS == 0  # `padded_rows`: what IS_DIVISIBLE promises
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
     # On 4 warps, the default, the forward kernel spills 576 bytes a thread for sm_90; on 8, divisible, none.
     options = dict(IS_DIVISIBLE=True, fwd_num_warps=8)
     out = flex_lower(q.device)(flex_attention)(
-        *heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask(),
+        *heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
         enable_gqa=k.shape[1] != q.shape[1], kernel_options=options)
     return out[0].transpose(0, 1)
 
 
+def flex_lower(device: torch.device):
+    """Eager FlexAttention would hold all n x n scores."""
+    return compiled if device.type == "cuda" else eager
+
+
 def attend_rows(q, k, v, ln_g, layout):
     with torch.autocast("cpu", enabled=False):
-        return RowBlockAttention.apply(q, k, v, ln_g, layout.lengths, torch.is_grad_enabled())
+        return RowBlockAttention.apply(q, k, v, ln_g, layout.counts.tolist(), torch.is_grad_enabled())
 
 
 class RowBlockAttention(torch.autograd.Function):
@@ -557,10 +586,12 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(cfg)
         self.post_feed_forward_norm = RMSNorm(cfg.dim, cfg.norm_eps) if post else nn.Identity()
 
-    def before(self, h: Tensor, g: Tensor | None, cos: Tensor, sin: Tensor):
-        """What attention takes: q, k, v and ln g of h (n, d) and g (n,) or None (dense)."""
+    def before(self, h: Tensor, g: Tensor | None, cos: Tensor, sin: Tensor, carry: bool):
+        """What attention takes: q, k, v and ln g (or q and k that carry it) of h (n, d) and g (n,) or None
+        (dense)."""
         ln_g = log_gate(g) if g is not None and self.gate_keys else None
-        return *self.attention.project(self.pre_attention_norm(h), cos, sin), ln_g
+        q, k, v = self.attention.project(self.pre_attention_norm(h), cos, sin)
+        return (*carried(q, k, ln_g), v, None) if carry and ln_g is not None else (q, k, v, ln_g)
 
     def after(self, h: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
         """The block's output (n, d), from its input and what attention gave, y (n, heads, head_dim)."""
@@ -590,6 +621,17 @@ class Router(nn.Module):
 def gate(S: Tensor) -> Tensor:
     """Eq. 2: g = 1 - clamp(S, 0, 1), for S >= 0. ReLU: its gradient at S = 1 is 0, and clamp's is not."""
     return F.relu(1 - S)
+
+
+def accumulate(router: Router, h: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1 and 2: S with the router's soft mask of h (n, d) added, and the gates, (n,) each."""
+    S = S + router(h)
+    return S, gate(S)
+
+
+def gate_sums(g: Tensor, layout: Layout) -> Tensor:
+    """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
+    return torch.stack((g.sum().double(), g.square().sum().double(), (g > 0).sum().double(), layout.pairs()))
 
 
 def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
@@ -622,69 +664,79 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
             self.register_buffer(name, table, persistent=False)
         self.lower = eager
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
-        (L/2, 4), and the number of blocks that each token ran (B, T)."""
+    def forward(self, inputs: Tensor, targets: Tensor, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and the gate statistics of `span`
+        (L/2, 4). To depth (B, T), where it is given, the number of blocks that each token ran is added."""
         B, T = inputs.shape
-        seq = torch.arange(B, device=inputs.device).repeat_interleave(T, output_size=B * T)
-        pos = torch.arange(T, device=inputs.device).repeat(B)
-        h, stats, depth = self.hidden(inputs.flatten(), seq, pos, B)
+        each = torch.arange(B * T, device=inputs.device)
+        h, stats = self.hidden(inputs.flatten(), each // T, each % T, B, None if depth is None else depth.view(-1))
         autocast = torch.is_autocast_enabled(h.device.type)
         dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
                             torch.is_grad_enabled())
-        return ce, stats, depth.view(B, T)
+        return ce, stats
 
-    def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
-        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), the
-        statistics of `span` (L/2, 4; None with a cache), and how many blocks each token ran (n,)."""
-        n, depth, stats = len(tokens), torch.zeros_like(tokens), [] if cache is None else None
-        layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
-        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, 0)))
+    def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, depth=None, cache=None):
+        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and
+        the statistics of `span` (L/2, 4; None with a cache)."""
+        n, stats, flex = len(tokens), [] if cache is None else None, uses_flex(tokens.device)
+        rows, here = padded_rows(n, flex), torch.arange(n, device=tokens.device)
+        layout = self.lower(make_layout)(seq, pos, here, n_seqs, (self.cos, self.sin), rows, flex)
+        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
         if self.cfg.gated:
             S = torch.zeros(n, device=tokens.device) if self.masks else coin(tokens, pos, self.cfg.seed)
-            S = padded(S, 1.0)  # S = 1: padding skips every block
-            h = self.span(h, S, layout, 0, depth, stats, cache)
+            h = self.span(h, padded(S, rows, 1.0), layout, 0, depth, stats, cache)  # (padding skips: S = 1)
         else:
             for l in range(self.cfg.n_layers):
                 h = self.block(l, h, None, layout, cache)
-            depth += self.cfg.n_layers
+            if depth is not None:
+                depth += self.cfg.n_layers
             if cache is None:
                 stats = [torch.stack([layout.counts.sum()] * 3 + [layout.pairs()])] * self.cfg.n_levels
         h = self.lower(RMSNorm.forward)(self.output_norm, h[:n])
-        return h, None if stats is None else torch.stack(stats), depth
+        return h, None if stats is None else torch.stack(stats)
 
     def span(self, h, S, layout, l, depth, stats, cache):
-        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged.
-
-        Appends to stats, per level: sum of g, sum of g^2, active tokens, causal pairs among them.
-        """
+        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged. To stats,
+        unless it is None, the level's `gate_sums` are appended."""
         if l == self.cfg.n_levels:
             return h
-        S = S + self.masks[l](h) if self.masks else S
-        g = self.gate(S, l)
+        S, g = self.gates(h, S, l, cache)
         keep = None if self.cfg.compute == "masked" else g.nonzero()[:, 0]  # a level's one wait for the host
-        if keep is None or len(keep) == layout.n:
+        if keep is None or len(keep) == len(layout.seq):
             x, keep = h, None
-        else:
-            seq, pos, row = layout.seq[keep], layout.pos[keep], layout.row[keep]
-            layout = make_layout(seq, pos, row, len(layout.counts), (self.cos, self.sin))
-            x, S = h.index_select(0, padded(keep, 0)), padded(S[keep], 1.0)
-            g = self.gate(S, l)
-        if layout.n == 0 and cache is not None:  # (in training blocks run on nothing: each needs a gradient)
+        elif len(keep) == 0 and cache is not None:  # (in training blocks run on nothing: each needs a gradient)
             return h
-        if stats is not None:
-            stats.append(torch.stack((g.sum(), g.square().sum(), (g > 0).sum(), layout.pairs())))
-        depth[layout.row] += 2 * (g[:layout.n] > 0)
+        else:
+            rows = padded_rows(len(keep), layout.tables is not None)
+            x, S, g, layout = self.lowered(keep, cache)(gather)(h, S, g, layout, keep, (self.cos, self.sin),
+                                                                rows)
         x = self.block(l, x, g, layout, cache)
+        if stats is not None:
+            stats.append(self.lowered(g, cache)(gate_sums)(g, layout))
+        if depth is not None:
+            depth[layout.row] += 2 * (g[:len(layout.row)] > 0)
         x = self.span(x, S, layout, l + 1, depth, stats, cache)
         x = self.block(self.cfg.n_layers - 1 - l, x, g, layout, cache)
-        return x if keep is None else h.index_copy(0, keep, x[:layout.n])
+        return x if keep is None else self.lowered(keep, cache)(put_back)(h, keep, x)
 
-    def gate(self, S: Tensor, l: int) -> Tensor:
-        """Gates of level l by Eq. 2; with --control random, where S is a coin in [0, 1), 1 as often as the
-        level's target asks, and as nested."""
-        return gate(S) if self.masks else (S < min(mean_targets(self.cfg)[:l + 1])).float()
+    def gates(self, h: Tensor, S: Tensor, l: int, cache) -> tuple[Tensor, Tensor]:
+        """S and the gates of level l by Eq. 1 and 2; with --control random, where S is a coin in [0, 1), 1 as
+        often as the level's target asks, and as nested."""
+        if self.masks:
+            return self.lowered(h, cache)(accumulate)(self.masks[l], h, S)
+        return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
+
+    def block(self, l, h, g, layout, cache):
+        block, lower = self.layers[l], self.lowered(h, cache)
+        layout = layout if cache is None else layout._replace(cache=cache[l])
+        carry = layout.tables is not None and cache is None
+        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin, carry)
+        return lower(Block.after)(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
+
+    def lowered(self, rows: Tensor, cache):
+        """In training 0 and 1 rows, rare, would be graphs of their own; in decoding 1 row is what there is."""
+        return eager if cache is None and len(rows) < 2 else self.lower
 
     def _save_pretrained(self, save_directory: Path):
         settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, *GATE_FIELDS]}
@@ -699,13 +751,6 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         model = cls(Config(**checkpoint_settings(stored, flags, model_id, GATE_FIELDS) | flags))
         load_weights(model, state, model_id)
         return model
-
-    def block(self, l, h, g, layout, cache):
-        layout, block = layout if cache is None else layout._replace(cache=cache[l]), self.layers[l]
-        # In training 0 and 1 rows, rare, would be graphs of their own; in decoding 1 row is what there is.
-        lower = eager if cache is None and len(h) < 2 else self.lower
-        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin)
-        return lower(Block.after)(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
 
 
 def initialise(model: nn.Module, cfg: Config):
@@ -1070,7 +1115,8 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
     for first in range(rt.rank * B, len(places), rt.world * B):
         windows = torch.stack([shards.window(s, i, T + 1) for s, i in places[first:first + B]]).to(rt.device)
         with rt.autocast():
-            ce, stats, depth = model(windows[:, :-1], windows[:, 1:])
+            depth = torch.zeros_like(windows[:, :-1]) if watch else None
+            ce, stats = model(windows[:, :-1], windows[:, 1:], depth)
         totals += torch.cat(((ce.double() * len(windows) * T)[None], stats.flatten()))
         if watch:
             watch(windows[:, :-1], depth)
@@ -1430,11 +1476,18 @@ class Trainer:
                 self.model, gradient_as_bucket_view=True, broadcast_buffers=False)  # (which never change)
 
     def warm_up(self) -> float:
-        """Compile before the clock starts: a training micro-batch and a validation one. Seconds."""
+        """Compile before the clock starts: a training micro-batch and a validation one, as they come and with
+        gates that close. Seconds."""
         start, batch = time.perf_counter(), [t.to(self.rt.device) for t in self.loader.pending.result()]
-        self.micro_step(*batch)
-        with self.rt.autocast(), torch.no_grad():
-            self.model(*batch)
+        biases = [router.linear.bias for router in self.model.masks]
+        for shift in (0.0, 1.0) if biases else (0.0,):
+            was = [b.detach().clone() for b in biases]
+            with torch.no_grad():
+                [b.add_(shift) for b in biases]
+            self.micro_step(*batch)
+            with self.rt.autocast(), torch.no_grad():
+                self.model(*batch)
+                [b.copy_(w) for b, w in zip(biases, was)]
         self.model.zero_grad(set_to_none=True)
         self.rt.synchronize()
         return time.perf_counter() - start
@@ -1442,7 +1495,7 @@ class Trainer:
     def micro_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one micro-batch: (loss, cross-entropy, gate statistics)."""
         with self.rt.autocast():
-            ce, stats, _ = self.parallel(x, y)
+            ce, stats = self.parallel(x, y)
         loss = ce + self.control.loss(moments(stats, x.numel()))
         (loss / self.loader.accumulation).backward()
         return loss.detach(), ce.detach(), stats.detach()

@@ -113,7 +113,7 @@ class Bench:
             if variant == "eager":
                 loss, stats = eager_forward(self.model, self.x, self.y), None
             else:
-                loss, stats, _ = self.parallel(self.x, self.y)
+                loss, stats = self.parallel(self.x, self.y)
                 if variant == "gated":
                     loss = loss + self.control.loss(tgs.moments(stats, self.x.numel()))
         loss.backward()
@@ -389,15 +389,9 @@ def carry_bias(attend, q, k, v, ln_g):
 
 
 def carry_key_columns(attend, q, k, v, ln_g):
-    """1 / scale appended to q, ln g to k, as a high and a low part of the products' precision."""
-    scale = q.shape[-1]**-0.5
-    high = ln_g.detach().to(k.dtype)
-    low = (ln_g - high.to(ln_g.dtype)).to(k.dtype)
-    columns = torch.stack((high, low), -1).expand(*k.shape[:-1], 2)
-    ones = torch.full_like(columns, 1 / scale).expand(*q.shape[:-1], 2)
-    widen = (0, 14)  # zeros, to a width that the kernels take
-    q, k = (F.pad(torch.cat(pair, -1), widen) for pair in ((q, ones), (k, columns)))
-    return attend(q, k, v, None, scale)
+    """Further columns of q and k: the script's own."""
+    q, k = (t.transpose(0, 1) for t in tgs.carried(q.transpose(0, 1), k.transpose(0, 1), ln_g))
+    return attend(q, k, v, None, v.shape[-1]**-0.5)
 
 
 def carry_value_column(attend, q, k, v, ln_g):
@@ -413,8 +407,8 @@ def measure_carriers(bench, rounds):
     ln g."""
     cfg, rt = bench.cfg, bench.rt
     seq = torch.arange(cfg.device_batch_size, device=rt.device).repeat_interleave(cfg.max_seq_len // 2)
-    seq = tgs.padded(seq, cfg.device_batch_size)
-    mask, shape = tgs.block_mask(seq), (cfg.n_heads, len(seq), cfg.head_dim)
+    seq = tgs.padded(seq, tgs.padded_rows(len(seq), True), cfg.device_batch_size)
+    mask, shape = tgs.block_mask(*tgs.mask_tables(seq)), (cfg.n_heads, len(seq), cfg.head_dim)
     q, k, v = (torch.randn(shape, device=rt.device, dtype=rt.dtype, requires_grad=True) for _ in range(3))
     ln_g = torch.rand(len(seq), device=rt.device).clamp(min=1e-6).log().requires_grad_()
     torch._dynamo.reset()  # the model's graphs count towards the same limit; beyond it Flex would run eagerly

@@ -46,7 +46,7 @@ def token_losses(model: MiddleSkippingTransformer, rt: tgs.Runtime, rows: list[l
         seq = torch.cat([torch.full((len(t) - 1,), i) for i, t in enumerate(batch)]).to(rt.device)
         pos = torch.cat([torch.arange(len(t) - 1) for t in batch]).to(rt.device)
         with rt.autocast():
-            h, stats, _ = model.hidden(inputs, seq, pos, len(batch))
+            h, stats = model.hidden(inputs, seq, pos, len(batch))
             losses = torch.cat([F.cross_entropy(model.output(x).float(), y, reduction="none")
                                 for x, y in zip(h.split(1024), targets.split(1024))])
         out += losses.cpu().split([len(t) - 1 for t in batch])

@@ -46,10 +46,10 @@ class LayerCache:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ln_g: Tensor | None, layout: tgs.Layout) -> Tensor:
         """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
         first = self.k is None
-        seq, n = layout.seq[:layout.n], layout.n
+        seq, n = layout.seq, len(layout.seq)
         start = layout.counts.cumsum(0) - layout.counts
         column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
-        self.counts += layout.counts
+        self.counts += layout.counts[:-1]
         m = int(self.counts.max())
         self.reserve(m, k)
         self.k[seq, :, column], self.v[seq, :, column] = k[:n], v[:n]
@@ -114,7 +114,8 @@ class Decoder:
         pos = torch.arange(len(ids)) + (self.lengths[rows] - ends + new).repeat_interleave(new)
         self.lengths[rows] += new
         ids, seq, pos, last = (t.to(self.device) for t in (ids, rows.repeat_interleave(new), pos, ends - 1))
-        h, _, depth = self.model.hidden(ids, seq, pos, len(self.lengths), self.cache)
+        depth = torch.zeros_like(ids)
+        h, _ = self.model.hidden(ids, seq, pos, len(self.lengths), depth, self.cache)
         return self.model.output(h[last]).float(), depth
 
     def bytes(self) -> int:
