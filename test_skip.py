@@ -22,8 +22,8 @@ from train_gpt_skip import Config, MiddleSkippingTransformer, UserError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
 sys.path.insert(0, str(ROOT / "records"))
-tokenize_text, sample, evaluate, export = map(importlib.import_module, (
-    "tokenize_text", "sample", "evaluate", "export"))
+tokenize_text, sample, evaluate, export, show = map(importlib.import_module, (
+    "tokenize_text", "sample", "evaluate", "export", "show"))
 TINY = dict(dim=16, n_layers=4, n_heads=2, vocab_size=11, max_seq_len=8, batch_size=4, device_batch_size=2,
             num_steps=3)
 torch.set_num_threads(1)  # the cases are tiny
@@ -1183,9 +1183,32 @@ def test_a_run_on_a_terminal_shows_loss_sparsity_speed_and_time_left_in_one_line
 
 def test_the_plot_is_drawn_at_each_validation_and_at_the_end(tmp_path, corpus, monkeypatch):
     drawn = []
-    monkeypatch.setattr(tgs, "plot", lambda events, cfg, path: drawn.append(events[-1]))
+    monkeypatch.setattr(show, "plot", lambda events, cfg, path: drawn.append(events[-1]))
     assert tgs.main(flags(corpus, tmp_path, num_steps=5, val_every=2)) == 0
     assert [e["step"] for e in drawn] == [0, 2, 4, 5, 5] and {e["kind"] for e in drawn} == {"val"}
+
+
+def test_a_copy_of_the_script_alone_in_a_folder_trains_and_writes_its_record(tmp_path, corpus):
+    """All but the plot, the step's times and the plan of --dry_run, which records/show.py makes: that is said
+    in one line. The project's tools read the record."""
+    script = shutil.copy(ROOT / "train_gpt_skip.py", tmp_path / "fork.py")
+    argv = [sys.executable, script, *flags(corpus, "records", num_steps=4, val_every=2)]
+    def start(*more):
+        return subprocess.run([*argv, *more], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    done = start()
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    record = only_record(tmp_path / "records")
+    assert {p.name for p in record.iterdir()} == {
+        "log.txt", "metrics.jsonl", "config.json", "env.json", "fork.py", "summary.json", "checkpoint_4.pt",
+        "model.safetensors"}
+    assert [line for line in done.stdout.splitlines() if "no plot" in line and "show.py" in line] != []
+    summary = json.loads((record / "summary.json").read_text())
+    assert summary["step"] == 4 and summary["gated_step_seconds"] is None
+    assert f"validation loss {summary['cross_entropy']:.4f}" in done.stdout
+    assert evaluate.main(["--checkpoint", str(record)]) == 0
+    planned = start("--dry_run")
+    assert planned.returncode == 2 and planned.stderr.count("\n") == 1 and "show.py" in planned.stderr
 
 
 def test_importing_the_script_does_no_work():
@@ -1220,7 +1243,7 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status
 
 @pytest.fixture
 def no_plot(monkeypatch):
-    monkeypatch.setattr(tgs, "plot", lambda *args: None)  # a second a run
+    monkeypatch.setattr(show, "plot", lambda *args: None)  # a second a run
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ what looks at a finished run is a tool in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
-import re, shlex, shutil, signal, subprocess, sys, time, warnings, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib, json, math
+import os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -293,6 +293,7 @@ def keep_freed_memory():
 
 
 # All that is ever compiled is run as lower(function)(...), where `lower` is one of these two.
+
 
 def eager(function):
     return function
@@ -953,13 +954,6 @@ class Shards:
                                 "or fetch both again")
         return dataset
 
-    def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes of text a token, where dataset.json tells."""
-        said = [self.dataset().get("shards", {}).get(p.name, {}) for p in self.paths]
-        if not all("bytes" in s for s in said):
-            return None
-        return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
-
 
 class TrainLoader:
     """A step takes batch_size sequences of T (+1) tokens, as they lie in a shard or (`shuffle`) in the order
@@ -1081,9 +1075,19 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
             "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Records: one folder a run, which a person, a plot or another program can read.
+
+@functools.cache
+def show():
+    """records/show.py, which draws and prints what a run was and changes nothing in it; None where this
+    script was copied away alone."""
+    if not (ROOT / "records" / "show.py").exists():
+        return None
+    sys.modules.setdefault("train_gpt_skip", sys.modules[__name__])  # which it imports
+    sys.path.insert(0, str(ROOT / "records"))
+    return importlib.import_module("show")
+
 
 class Record:
     """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
@@ -1133,8 +1137,8 @@ class Record:
             self.bar.update()
 
     def plot(self):
-        if self.rt.main:
-            plot(self.events(), self.cfg, self.folder / "plot.png")
+        if self.rt.main and show():
+            show().plot(self.events(), self.cfg, self.folder / "plot.png")
 
     def write(self, name: str, content):
         """A whole file or none: JSON of a dict, else text."""
@@ -1241,46 +1245,6 @@ def relative(value):
     """A path as the records show it: relative to the project where it lies inside it."""
     inside = isinstance(value, str) and Path(value).is_relative_to(ROOT)
     return str(Path(value).relative_to(ROOT)) if inside else value
-
-
-def bars(values: list[float], width: int = 24) -> list[str]:
-    """A line a layer: its number, a bar, the value between 0 and 1."""
-    return [f"  block {l:2d} |{'█' * round(v * width):{width}s}| {v:6.1%}" for l, v in enumerate(values)]
-
-
-def plot(events: list[dict], cfg: Config, path: Path):
-    """Loss, sparsity and coefficients over steps, as one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train, val = ([e for e in events if e["kind"] == kind] for kind in ("train", "val"))
-    steps, levels = [e["step"] for e in train], range(cfg.n_levels)
-    fig, axes = plt.subplots(1, 3 if cfg.gated else 1, figsize=(15 if cfg.gated else 6, 4.2), squeeze=False)
-    axes, colors = axes[0], plt.cm.viridis(np.linspace(0.05, 0.9, cfg.n_levels))
-    axes[0].plot(steps, [e["cross_entropy"] for e in train], color="0.7", lw=1, label="training")
-    axes[0].plot([e["step"] for e in val], [e["cross_entropy"] for e in val], "o-", ms=3, color="C3",
-                 label="validation")
-    axes[0].set(title="Loss", ylabel="cross-entropy (nats a token)")
-    axes[0].legend(frameon=False)
-    if cfg.gated:
-        target = mean_targets(cfg)
-        for l in levels:
-            label = f"{l} and {cfg.n_layers - 1 - l}"
-            axes[1].plot(steps, [e["gate_mean"][l] for e in train], color=colors[l], lw=1.2, label=label)
-            axes[1].axhline(target[l], color=colors[l], lw=0.8, ls=":")
-            axes[2].plot(steps, [e["mean_coef"][l] for e in train], color=colors[l], lw=1.2)
-            axes[2].plot(steps, [e["var_coef"][l] for e in train], color=colors[l], lw=1.2, ls="--")
-        axes[1].set(title="Mean gate (dotted: its target)", ylim=(-0.02, 1.02), ylabel="mean gate")
-        axes[2].set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
-        axes[2].legend(*axes[1].get_legend_handles_labels(), title="blocks", loc="center left",
-                       bbox_to_anchor=(1, 0.5), frameon=False)
-    for ax in axes:
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
-    write_atomically(path, lambda f: fig.savefig(f, dpi=120, format="png"))
-    plt.close(fig)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1535,31 +1499,6 @@ class Trainer:
             raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
                             "it to go on from an earlier one")
 
-    def step_seconds(self, rounds: int = 5) -> dict:
-        """Seconds of forward and backward on one micro-batch: as trained, with every gate taken out, and,
-        among several ranks, with the gradients averaged; and of averaging as many numbers by itself.
-        Medians."""
-        batch = [t.to(self.rt.device) for t in self.loader.pending.result()]
-        variants = {"gated": (self.cfg, self.model), "dense": (self.cfg.dense(), self.model)}
-        variants |= {"averaged": (self.cfg, self.parallel)} if self.rt.world > 1 else {}
-        gradients = torch.zeros(sum(p.numel() for p in self.model.parameters()), device=self.rt.device)
-        seconds, parallel = {k: [] for k in [*variants, "all_reduce"]}, self.parallel
-
-        def clock(name, run):
-            self.rt.synchronize()
-            start = time.perf_counter()
-            run()
-            self.rt.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-
-        for _ in range(rounds + 1):
-            for name, (self.model.cfg, self.parallel) in variants.items():
-                clock(name, lambda: self.micro_step(*batch))
-            clock("all_reduce", lambda: self.rt.sum(gradients))
-        self.model.cfg, self.parallel = self.cfg, parallel
-        self.model.zero_grad(set_to_none=True)
-        return {k: sorted(v[1:])[rounds // 2] for k, v in seconds.items()}  # (the first warms up)
-
 
 def imbalance(active: list[float]) -> dict:
     """Active tokens of the busiest rank, in units of the mean over ranks; nothing where there is one rank."""
@@ -1585,7 +1524,10 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
         raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, "
                         "elsewhere of another: copy the record to every machine")
     if dry_run:
-        return print_plan(trainer)
+        if not show():
+            raise UserError(f"--dry_run needs {ROOT}/records/show.py, which this script was copied without")
+        show().print_plan(trainer)
+        return 0
     record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
     history = open_record(trainer, record, state)
     install_signals(trainer)
@@ -1620,49 +1562,6 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             trainer.save(step + 1, record)
             return finish_interrupted(trainer, record, step + 1)
     return finish(trainer, record, step, history)
-
-
-def print_plan(trainer: Trainer) -> int:
-    """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
-    cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
-    parameters, steps = sum(p.numel() for p in trainer.model.parameters()), cfg.num_steps - trainer.first_step
-    weights = 4 * parameters  # bytes; AdamW's two moments are as many each
-    folder = Path(cfg.resume or cfg.records_dir).resolve()
-    folder = next(p for p in (folder, *folder.parents) if p.exists())
-    free, need = shutil.disk_usage(folder).free, 10 * weights  # two checkpoints, a new one, model.safetensors
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--records_dir {cfg.records_dir} cannot be written: name another folder")
-    if need > free:
-        raise UserError(f"--records_dir {cfg.records_dir} has room for {size(free)}, checkpoints need "
-                        f"{size(need)}: make room, or name another folder")
-
-    def flops(shares):  # of a run in which levels see these shares of the tokens
-        stats = [[a * T, a * T, a * T, a * T * (a * T + 1) / 2] for a in shares]
-        return 3 * steps * cfg.batch_size * realised_flops(cfg, stats, T)
-
-    lines = [
-        f"{name + ':':6s} {sum(map(len, shards.tokens)):,} tokens in {len(shards.paths)} shards, "
-        f"{shards.paths[0]} to {shards.paths[-1].name}" for name, shards in trainer.shards.items()]
-    lines += [
-        f"model: {parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, {trainer.origin}",
-        f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
-        f"{steps / loader.steps_per_pass:.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
-        f"{cfg.device_batch_size} sequences a step",
-        f"work:  {flops([1.0] * cfg.n_levels):.3g} training FLOPs if no gate closes"
-        + f", {flops(mean_targets(cfg)):.3g} at the targets" * (cfg.gated and cfg.compute == "packed"),
-        f"bytes: a rank holds weights of {size(weights)}, gradients of {size(weights)}, moments of "
-        f"{size(2 * weights)}, and activations",
-        f"disk:  checkpoints of {size(3 * weights)}, {size(need)} at most; {size(free)} are free in {folder}",
-        f"{rt.device}, {str(rt.dtype).split('.')[1]}; nothing was written: start it without --dry_run"]
-    if rt.main:
-        print(*lines, sep="\n")
-    return 0
-
-
-def size(n: float) -> str:
-    """Bytes as a person reads them."""
-    power = min(4, int(math.log10(max(n, 1)) / 3))
-    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def step_line(event: dict, cfg: Config) -> str:
@@ -1764,9 +1663,8 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
         "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
-        "gated_step_seconds": seconds["gated"], "dense_step_seconds": seconds["dense"],
-        "averaged_step_seconds": seconds.get("averaged"),
-        "all_reduce_seconds": seconds["all_reduce"] if rt.world > 1 else None,
+        **{f"{k}_seconds": seconds.get(k)
+           for k in ("gated_step", "dense_step", "averaged_step", "all_reduce")},  # None: not measured
         "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
         "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
     }
@@ -1779,7 +1677,7 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
         record.bar.close()
         record.bar = None
     recompiles = graphs_compiled() - trainer.graphs
-    seconds = trainer.step_seconds()
+    seconds = show().step_seconds(trainer) if show() else {}
     if not rt.main:
         return 0
     events = record.events()
@@ -1788,33 +1686,15 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
     export_weights(trainer.model, record.folder / "model.safetensors")
     record.plot()
     record.write("summary.json", summary)
-    closing_lines(record, summary, history[0]["cross_entropy"], cfg)
-    return 0
-
-
-def closing_lines(record: Record, s: dict, first: float, cfg: Config):
-    record.say(f"\nvalidation loss {s['cross_entropy']:.4f} nats a token (at the start {first:.4f}), "
-               f"{s['step']} steps in {s['train_seconds']:.0f} s, {s['tokens_per_s']:.0f} tokens/s")
-    if cfg.gated:
-        full = realised_flops(cfg.dense(), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
-        record.say(f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped "
-                   "each block, in validation")
-        record.say("\n".join(bars(s["gate_zero"])))
-        record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g} realised, {full:.3g} dense "
-                   f"({s['realised_flops_per_token'] / full:.2f} of it)")
-        record.say(f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of "
-                   "the same size (forward and backward of one micro-batch, medians, measured now)")
+    record.say(f"\nvalidation loss {summary['cross_entropy']:.4f} nats a token (at the start "
+               f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "
+               f"{summary['tokens_per_s']:.0f} tokens/s")
+    if show():
+        record.say("\n".join(show().closing_lines(summary, cfg, record.folder)))
     else:
-        record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g}")
-    if s["ranks"] > 1:
-        record.say(f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} "
-                   "ms alone and lengthens a step by "
-                   f"{1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the busiest rank "
-                   f"has {s['rank_imbalance']:.3f} of the mean number of active tokens")
-    record.say(f"record: {record.folder} (look at plot.png)\nnext:\n"
-               f"  ./run.sh eval --checkpoint {record.folder}\n"
-               f"  ./run.sh sample --checkpoint {record.folder} --prompt 'def ' --show_depth\n"
-               f"  ./run.sh report")
+        record.say(f"record: {record.folder} (no plot, no step time: this script was copied without "
+                   "records/show.py)")
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
