@@ -12,8 +12,8 @@ what looks at a finished run is a tool in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib, json, math
-import os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib, itertools
+import json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 
@@ -43,6 +44,7 @@ class RankError(UserError):
 # ----------------------------------------------------------------------------------------------------------
 # Configuration (Table 2). Every field is a flag of the same name.
 
+OF_CONTROL = "mean_coef_init", "var_coef_init", "coef_update"
 CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the coefficients never move)
     "dense": (0.0, 0.0, 0.0), "none": (0.0, 0.0, 0.0), "sparsity": (0.01, 0.0, 0.0),
     "sparsity_variance": (0.01, -0.01, 0.0), "sparsity_variance_l2": (0.1, 0.1, 0.0),
@@ -53,6 +55,9 @@ CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the 
 
 def flag(default, text, *choices, allow="above 0"):
     return dataclasses.field(default=default, metadata=dict(help=text, choices=choices or None, allow=allow))
+
+
+share = functools.partial(flag, allow="between 0 and 1")
 
 
 @dataclass
@@ -75,44 +80,38 @@ class Config:
     compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
     control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
-    mean_target_start: float = flag(1.0, "target mean gate of the first block, 0 to 1",
-                                    allow="between 0 and 1")
-    mean_target_end: float = flag(0.5, "target mean gate of the middle blocks, 0 to 1",
-                                  allow="between 0 and 1")
+    mean_target_start: float = share(1.0, "target mean gate of the first block, 0 to 1")
+    mean_target_end: float = share(0.5, "target mean gate of the middle blocks, 0 to 1")
     mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)", allow="any")
     var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
     coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
-    tolerance: float = flag(0.01, "tolerance delta: smaller deviations do not move a coefficient",
-                            allow="at least 0")
+    tolerance: float = flag(0.01, "tolerance delta: smaller deviations move nothing", allow="at least 0")
     # data
     train_files: str = flag("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
     val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
     val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
     shuffle: bool = flag(False, "take a shard's sequences in a random order, seeded, new each pass")
-    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2",
-                                "bytes")
+    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2", "bytes")
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
     # optimizer and schedule (linear warm-up, cosine decay)
     optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
-    beta1: float = flag(0.8, "decay of AdamW's first moment", allow="between 0 and 1")
-    beta2: float = flag(0.95, "decay of AdamW's second moment", allow="between 0 and 1")
+    beta1: float = share(0.8, "decay of AdamW's first moment")
+    beta2: float = share(0.95, "decay of AdamW's second moment")
     eps: float = flag(1e-10, "AdamW epsilon")
     weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
-    num_steps: int | None = flag(None, "optimizer steps (default: one pass over the training tokens)",
-                                 allow="at least 0")
-    warmup_fraction: float = flag(0.1, "share of the steps that warms up", allow="between 0 and 1")
+    num_steps: int | None = flag(None, "optimizer steps (default: one pass)", allow="at least 0")
+    warmup_fraction: float = share(0.1, "share of the steps that warms up")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
     config: str | None = flag(None, "start from the settings of a record's config.json (a file)")
     name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
-    seed: int = flag(0, "seed of the initial weights, of --shuffle and of --control random",
-                     allow="at least 0")
+    seed: int = flag(0, "of initial weights, of --shuffle and of --control random", allow="at least 0")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
     dtype: str | None = flag(None, "of products (default: bfloat16 on cuda only)", "bfloat16", "float32")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
@@ -120,18 +119,16 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     log_every: int = flag(1, "steps between lines of the log")
     metrics_every: int = flag(1, "steps between training events of metrics.jsonl")
-    target_loss: float | None = flag(None, "stop when the validation loss (nats a token) reaches this",
-                                     allow="any")
+    target_loss: float | None = flag(None, "stop at this validation loss (nats a token)", allow="any")
     records_dir: str = flag("records", "folder that holds the records")
     resume: str | None = flag(None, "a record's folder: go on from its last checkpoint")
     init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        alpha, beta, gamma = CONTROLS.get(self.control, (0, 0, 0))
-        self.mean_coef_init = alpha if self.mean_coef_init is None else self.mean_coef_init
-        self.var_coef_init = beta if self.var_coef_init is None else self.var_coef_init
-        self.coef_update = gamma if self.coef_update is None else self.coef_update
+        for name, value in zip(OF_CONTROL, CONTROLS.get(self.control, ())):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for f in dataclasses.fields(self):
             check_field(f, getattr(self, f.name))
         for ok, message in self.rules():
@@ -187,11 +184,9 @@ class Config:
 
     def dense(self):
         """The same model without routers."""
-        return dataclasses.replace(self, control="dense", mean_coef_init=None, var_coef_init=None,
-                                   coef_update=None)
+        return dataclasses.replace(self, control="dense", **dict.fromkeys(OF_CONTROL))
 
 
-OF_CONTROL = {"mean_coef_init", "var_coef_init", "coef_update"}
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
 GATE_FIELDS = ["control", "mean_target_start", "mean_target_end", "seed"]  # what its gates follow from
@@ -234,7 +229,7 @@ class Runtime:
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.main, local = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available() if cfg.device is None else cfg.device == "cuda"
         if cuda and local >= torch.cuda.device_count():
             raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
@@ -257,10 +252,6 @@ class Runtime:
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank,
                                     world_size=self.world, timeout=timeout)
-
-    @property
-    def main(self):
-        return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over ranks, in place."""
@@ -293,7 +284,6 @@ def keep_freed_memory():
 
 
 # All that is ever compiled is run as lower(function)(...), where `lower` is one of these two.
-
 
 def eager(function):
     return function
@@ -1092,12 +1082,17 @@ def show():
 class Record:
     """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
 
-    def __init__(self, cfg: Config, rt: Runtime, folder: Path | None = None):
-        self.cfg, self.rt, self.folder, self.bar = cfg, rt, folder, None
-        if rt.main:
-            self.folder = folder or make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
-            names = "metrics.jsonl", "log.txt"
-            self.metrics, self.text = (open(self.folder / name, "ab", buffering=0) for name in names)
+    def __init__(self, cfg: Config, rt: Runtime, first_step: int):
+        self.cfg, self.rt, self.folder, self.bar = cfg, rt, None, None
+        if not rt.main:
+            return
+        name = cfg.name or cfg.preset or cfg.control
+        self.folder = Path(cfg.resume) if cfg.resume else make_folder(Path(cfg.records_dir), name)
+        self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        self.text = open(self.folder / "log.txt", "ab", buffering=0)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
+                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
 
     def append(self, file, line: str):
         """A whole line or none, through no buffer."""
@@ -1109,32 +1104,44 @@ class Record:
             file.truncate(size)
             raise unwritable(Path(file.name), e)
 
-    def say(self, line: str = "", step_line: bool = False):
+    def say(self, line: str, of_a_step: bool = False):
         """A line of log.txt and of the terminal; with a progress bar, a step's line goes to the file only."""
         if not self.rt.main:
             return
         self.append(self.text, line)
         if self.bar is None:
             print(line, flush=True)
-        elif not step_line:
+        elif not of_a_step:
             self.bar.write(line)
 
     def event(self, kind: str, **values):
         if self.rt.main:
             self.append(self.metrics, json.dumps({"kind": kind, **values}))
 
-    def progress(self, first: int, total: int):
-        if self.rt.main and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, initial=first, dynamic_ncols=True,
-                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
-
-    def advance(self, event: dict):
+    def step(self, event: dict):
+        """What a training step leaves: its event, its line, and its state on the progress bar."""
+        cfg, step, sparsity = self.cfg, event["step"], mean(event["gate_zero"])
+        if step % cfg.metrics_every == 0:
+            self.event("train", **event)
+        if step % cfg.log_every == 0:
+            zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
+            self.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
+                     f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
+                     f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
+                     + f"  zero gates {zeros}" * cfg.gated, of_a_step=True)
         if self.bar:
-            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity "
-                                     f"{mean(event['gate_zero']):.2f}, {event['tokens_per_s']:.0f} tokens/s",
-                                     refresh=False)
+            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
+                                     f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
             self.bar.update()
+
+    def close_bar(self):
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+    def events(self) -> list[dict]:
+        with open(self.folder / "metrics.jsonl") as f:
+            return [json.loads(line) for line in f]
 
     def plot(self):
         if self.rt.main and show():
@@ -1145,10 +1152,6 @@ class Record:
         if self.rt.main:
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
-
-    def events(self) -> list[dict]:
-        with open(self.folder / "metrics.jsonl") as f:
-            return [json.loads(line) for line in f]
 
 
 def rounded(event: dict) -> dict:
@@ -1162,17 +1165,16 @@ def rounded(event: dict) -> dict:
 def make_folder(parent: Path, name: str) -> Path:
     """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
-    for suffix in range(1, 1000):
-        folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.parent.is_dir():
-                raise UserError(f"--records_dir {parent} is not a folder")
-        except OSError as e:
-            raise UserError(f"--records_dir {parent} cannot be written: {e.strerror}")
-    raise UserError(f"--records_dir {parent} has no free name like {stamp}")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
+                folder.mkdir()
+                return folder
+    except OSError as e:
+        reason = "it is not a folder" if isinstance(e, FileExistsError) else e.strerror
+        raise UserError(f"--records_dir {parent} cannot be written: {reason}")
 
 
 def write_atomically(path: Path, write):
@@ -1221,8 +1223,8 @@ def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
             packages[name] = version(name)
     cuda = rt.device.type == "cuda"
     return {
-        "command": " ".join(map(shlex.quote, ["python", *sys.argv])), "date": datetime.datetime.now(
-            datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
@@ -1381,9 +1383,9 @@ class Trainer:
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
         cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
-        retrofit = weights is not None and cfg.n_routers and is_dense(weights)
-        self.origin = "new" if weights is None else f"from {cfg.init_from}" + (
-            f", which is dense: {cfg.n_routers} routers are new") * bool(retrofit)
+        self.origin = f"from {cfg.init_from}" if weights else "new"
+        if weights and cfg.n_routers and is_dense(weights):
+            self.origin += f", which is dense: {cfg.n_routers} routers are new"
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
@@ -1446,12 +1448,15 @@ class Trainer:
         self.train_s += (seconds := time.perf_counter() - start)
         if self.train_flops is not None:
             self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
-        return rounded({
+        event = {
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
             "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
             "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
             **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
-            "var_coef": mirrored(self.control.coef[1]), **imbalance(active.tolist())})
+            "var_coef": mirrored(self.control.coef[1])}
+        if rt.world > 1:  # active tokens of the busiest rank, in units of the mean over ranks
+            event["rank_imbalance"] = (active.max() / active.mean()).item() if active.any() else 1.0
+        return rounded(event)
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
@@ -1500,11 +1505,6 @@ class Trainer:
                             "it to go on from an earlier one")
 
 
-def imbalance(active: list[float]) -> dict:
-    """Active tokens of the busiest rank, in units of the mean over ranks; nothing where there is one rank."""
-    return {} if len(active) == 1 else {"rank_imbalance": max(active) / mean(active) if any(active) else 1.0}
-
-
 def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
@@ -1528,14 +1528,14 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             raise UserError(f"--dry_run needs {ROOT}/records/show.py, which this script was copied without")
         show().print_plan(trainer)
         return 0
-    record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
+    record = Record(cfg, rt, trainer.first_step)
     history = open_record(trainer, record, state)
     install_signals(trainer)
-    record.progress(trainer.first_step, cfg.num_steps)
     for step in range(trainer.first_step, cfg.num_steps + 1):
-        if step != trainer.first_step and (step % cfg.save_every == 0 or step == cfg.num_steps):
+        last = step == cfg.num_steps
+        if step != trainer.first_step and (last or step % cfg.save_every == 0):
             trainer.save(step, record)
-        if step % cfg.val_every == 0 or step == cfg.num_steps:
+        if last or step % cfg.val_every == 0:
             event = trainer.validate(step)
             reached = cfg.target_loss is not None and event["cross_entropy"] <= cfg.target_loss
             if reached and step:
@@ -1550,26 +1550,18 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             if reached:
                 record.say(f"target loss {cfg.target_loss} reached at step {step}")
                 break
-        if step == cfg.num_steps:
-            break
-        event = trainer.train_step(step)
-        if step % cfg.metrics_every == 0:
-            record.event("train", **event)
-        if step % cfg.log_every == 0:
-            record.say(step_line(event, cfg), step_line=True)
-        record.advance(event)
+        if not last:
+            record.step(trainer.train_step(step))
         if trainer.stopping:
             trainer.save(step + 1, record)
-            return finish_interrupted(trainer, record, step + 1)
-    return finish(trainer, record, step, history)
-
-
-def step_line(event: dict, cfg: Config) -> str:
-    zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
-    return (f"step {event['step']:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
-            f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
-            f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
-            + (f"  zero gates {zeros}" if cfg.gated else ""))
+            break
+    record.close_bar()
+    if not trainer.stopping:
+        return finish(trainer, record, step, history)
+    record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
+    record.say(f"interrupted after step {step + 1}; go on with: "
+               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
+    return 0
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
@@ -1608,17 +1600,16 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.write(Path(__file__).name, Path(__file__).read_text())
     parameters = sum(p.numel() for p in trainer.model.parameters())
     tokens = {k: sum(map(len, s.tokens)) for k, s in trainer.shards.items()}
-    record.say(f"{record.folder}  ({env['command']})")
-    record.say(f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
-               f"{torch.__version__}, {env['dtype']}"
-               + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
-    record.say(f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
-               f"control {cfg.control}"
-               + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
-    record.say(f"weights: {trainer.origin}")
-    record.say(f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
-               f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
-               f"{trainer.loader.accumulation} micro-batches each")
+    record.say(
+        f"{record.folder}  ({env['command']})\n"
+        f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
+        f"{torch.__version__}, {env['dtype']}" + f", compiled in {trainer.compile_s:.0f} s" * rt.compile +
+        f"\nmodel: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
+        f"control {cfg.control}" + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated +
+        f"\nweights: {trainer.origin}\n"
+        f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
+        f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
+        f"{trainer.loader.accumulation} micro-batches each")
     if cfg.gated and cfg.n_levels == 1:
         record.say("with 2 blocks there is one level, whose target is --mean_target_start")
     return []
@@ -1633,15 +1624,6 @@ def install_signals(trainer: Trainer):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-
-
-def finish_interrupted(trainer: Trainer, record: Record, step: int) -> int:
-    if record.bar:
-        record.bar.close()
-    record.write("summary.json", {"interrupted": True, "step": step, "train_seconds": trainer.train_s})
-    record.say(f"interrupted after step {step}; go on with: "
-               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
-    return 0
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets, dense bfloat16
@@ -1672,17 +1654,13 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
 
 def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
     """Summary, plot, weights, and the closing lines."""
-    cfg, rt = trainer.cfg, trainer.rt
-    if record.bar:
-        record.bar.close()
-        record.bar = None
+    cfg = trainer.cfg
     recompiles = graphs_compiled() - trainer.graphs
     seconds = show().step_seconds(trainer) if show() else {}
-    if not rt.main:
+    if not trainer.rt.main:
         return 0
-    events = record.events()
-    summary = summarise(trainer, step, history, seconds, [e for e in events if e["kind"] == "train"])
-    summary["recompiles_after_warm_up"] = recompiles
+    steps = [e for e in record.events() if e["kind"] == "train"]
+    summary = summarise(trainer, step, history, seconds, steps) | {"recompiles_after_warm_up": recompiles}
     export_weights(trainer.model, record.folder / "model.safetensors")
     record.plot()
     record.write("summary.json", summary)
@@ -1704,12 +1682,10 @@ def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Name
     """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
     for f in dataclasses.fields(Config):
         kind = f.type.split(" | ")[0]
-        common = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})")
-        if kind == "bool":
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(f"--{f.name}", type={"int": int, "float": float, "str": str}[kind],
-                                choices=f.metadata["choices"], **common)
+        how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
+            type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})", **how)
     args = parser.parse_args(argv)
     return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
 
