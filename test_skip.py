@@ -733,11 +733,15 @@ class Rank:
         self.sum = lambda x: x
 
 
+def shards_of(files, vocab_size):
+    return tgs.Shards(Config(train_files=str(files), vocab_size=vocab_size), "train")
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_reads_the_same_windows_at_every_step(tmp_path, world):
     """Two shards of 100 and 75 tokens, blocks of 4 x 8: three steps, then two, then from the start again."""
     write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100, 175))
-    shards = tgs.Shards(str(tmp_path / "a_*.bin"), None, 1000, "train_files")
+    shards = shards_of(tmp_path / "a_*.bin", vocab_size=1000)
     cfg = Config(**TINY | dict(device_batch_size=1))
     loaders = [tgs.TrainLoader(shards, cfg, Rank(r, world)) for r in range(world)]
     assert loaders[0].steps_per_pass == 5
@@ -753,7 +757,7 @@ def test_any_number_of_ranks_reads_the_same_windows_at_every_step(tmp_path, worl
 
 
 def test_a_loader_goes_on_from_the_place_that_a_checkpoint_holds(tmp_path):
-    shards = tgs.Shards(str(write_shard(tmp_path / "a.bin", range(200))), None, 1000, "train_files")
+    shards = shards_of(write_shard(tmp_path / "a.bin", range(200)), vocab_size=1000)
     cfg = Config(**TINY)
     loader = tgs.TrainLoader(shards, cfg, Rank(0, 1))
     list(loader.micro_batches())
@@ -770,7 +774,7 @@ def test_a_shuffled_pass_takes_every_sequence_once_in_an_order_that_seed_and_pas
 
     def steps(count, world=1, place=(0, 0, 0), seed=1):
         cfg = Config(**TINY | dict(vocab_size=99, shuffle=True, seed=seed))
-        loaders = [tgs.TrainLoader(tgs.Shards(str(tmp_path / "*.bin"), None, 99, "f"), cfg, Rank(r, world))
+        loaders = [tgs.TrainLoader(shards_of(tmp_path / "*.bin", vocab_size=99), cfg, Rank(r, world))
                    for r in range(world)]
         out = []
         for loader in loaders:
@@ -795,14 +799,16 @@ def test_a_shuffled_pass_takes_every_sequence_once_in_an_order_that_seed_and_pas
 
 def test_train_tokens_limits_the_training_set_and_val_tokens_the_validation_set(tmp_path):
     write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100))
-    shards = tgs.Shards(str(tmp_path / "a_*.bin"), 130, 1000, "train_files")
-    assert [len(t) for t in shards.tokens] == [100, 30]
+    cfg = Config(train_files=str(tmp_path / "a_*.bin"), train_tokens=130, val_files=str(tmp_path / "a_*.bin"),
+                 val_tokens=40)
+    assert [len(t) for t in tgs.Shards(cfg, "train").tokens] == [100, 30]
+    assert [len(t) for t in tgs.Shards(cfg, "val").tokens] == [40]
 
 
 def test_validation_takes_every_full_sequence_of_every_shard(tmp_path):
     write_shard(tmp_path / "v_1.bin", [1] * 33), write_shard(tmp_path / "v_2.bin", [2] * 24)
     cfg = Config(**TINY)
-    shards = tgs.Shards(str(tmp_path / "v_*.bin"), None, 11, "val_files")
+    shards = shards_of(tmp_path / "v_*.bin", vocab_size=11)
     assert tgs.sequences(shards, cfg) == [(0, 0), (0, 8), (0, 16), (0, 24), (1, 0), (1, 8)]
     model, _ = random_model(8)
     rt = tgs.Runtime(cfg)

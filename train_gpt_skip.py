@@ -12,8 +12,8 @@ what looks at a finished run is a tool in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib, itertools
-import json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
+import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors.torch import load_file as load_safetensors, save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from tqdm import tqdm
@@ -123,6 +124,14 @@ class Config:
     records_dir: str = flag("records", "folder that holds the records")
     resume: str | None = flag(None, "a record's folder: go on from its last checkpoint")
     init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
+    # what follows from them
+    head_dim = property(lambda self: self.dim // self.n_heads)
+    hidden_dim = property(lambda self: int(self.ffn_dim_multiplier * self.dim))
+    n_levels = property(lambda self: self.n_layers // 2)
+    n_routers = property(lambda self: 0 if self.control in ("dense", "random") else self.n_levels)
+    gated = property(lambda self: self.control != "dense")
+    step_tokens = property(lambda self: self.batch_size * self.max_seq_len)
+    tokeniser = property(lambda self: self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2"))
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
@@ -153,34 +162,6 @@ class Config:
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
-
-    @property
-    def hidden_dim(self):
-        return int(self.ffn_dim_multiplier * self.dim)
-
-    @property
-    def n_levels(self):
-        return self.n_layers // 2
-
-    @property
-    def tokeniser(self):
-        return self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
-
-    @property
-    def gated(self):
-        return self.control != "dense"
-
-    @property
-    def n_routers(self):
-        return 0 if self.control in ("dense", "random") else self.n_levels
-
-    @property
-    def step_tokens(self):
-        return self.batch_size * self.max_seq_len
 
     def dense(self):
         """The same model without routers."""
@@ -903,14 +884,15 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class Shards:
-    """The shards of a glob in sorted order, cut to the first `limit` tokens. Relative globs may also start at
-    the script's folder."""
+    """The shards of --train_files or --val_files in sorted order, cut to the first --train_tokens or
+    --val_tokens. Relative globs may also start at the script's folder."""
 
-    def __init__(self, pattern: str, limit: int | None, vocab_size: int, name: str):
+    def __init__(self, cfg: Config, split: str):
+        pattern, limit = getattr(cfg, f"{split}_files"), getattr(cfg, f"{split}_tokens")
         paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
         if not paths:
-            raise UserError(f"--{name} {pattern} matches no file; {SHARD_HINT}")
-        self.paths, self.tokens, self.vocab_size = [], [], vocab_size
+            raise UserError(f"--{split}_files {pattern} matches no file; {SHARD_HINT}")
+        self.paths, self.tokens, self.vocab_size = [], [], cfg.vocab_size
         for path in paths:
             tokens = open_shard(path)
             if limit is not None:
@@ -1216,11 +1198,10 @@ def run_quietly(*command) -> str | None:
 
 
 def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
-    from importlib.metadata import PackageNotFoundError, version
     packages = {}
     for name in ("torch", "numpy", "tiktoken", "huggingface-hub", "safetensors", "triton"):
-        with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     cuda = rt.device.type == "cuda"
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -1262,8 +1243,7 @@ def read_checkpoint(path: Path) -> dict:
     """What a .pt or .safetensors file holds, tensors and plain values: a pickle that runs code is refused."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+            return load_safetensors(path)
         with zipfile.ZipFile(path) as z:
             if damaged := z.testzip():
                 raise ValueError(f"{damaged} fails its checksum")
@@ -1300,7 +1280,6 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
 
 
 def fetch_repo(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(repo, revision=revision,
                                       allow_patterns=["config.json", "model.safetensors"]))
@@ -1330,6 +1309,9 @@ def is_dense(state: dict) -> bool:
 def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, retrofit=False):
     """Load tensors of any float type; UserError where names or shapes are not the model's. To retrofit is to
     leave the model's routers as they are if the checkpoint is dense."""
+    def kind(v):
+        return f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+
     own = model.state_dict()
     if is_dense(state) and (retrofit or not model.masks):
         routers = {k: v for k, v in own.items() if k.startswith("masks.")}
@@ -1342,16 +1324,14 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, ret
                         f"names){hint}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
-            raise UserError(f"checkpoint {source} does not fit: {k} is "
-                            f"{getattr(v, 'dtype', type(v).__name__)} {list(getattr(v, 'shape', []))}, the "
-                            f"model's is {own[k].dtype} {list(own[k].shape)}")
+            raise UserError(f"checkpoint {source} does not fit: {k} is {kind(v)}, the model's is "
+                            f"{kind(own[k])}")
     model.load_state_dict(state)
 
 
 def export_weights(model: MiddleSkippingTransformer, path: Path):
-    from safetensors.torch import save
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    write_atomically(path, lambda f: f.write(save(tensors)))
+    write_atomically(path, lambda f: f.write(safetensors_bytes(tensors)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1376,8 +1356,7 @@ class Trainer:
         if cfg.batch_size % (cfg.device_batch_size * rt.world):
             raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
                             f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
-        self.shards = {"train": Shards(cfg.train_files, cfg.train_tokens, cfg.vocab_size, "train_files"),
-                       "val": Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")}
+        self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
@@ -1386,6 +1365,7 @@ class Trainer:
         self.origin = f"from {cfg.init_from}" if weights else "new"
         if weights and cfg.n_routers and is_dense(weights):
             self.origin += f", which is dense: {cfg.n_routers} routers are new"
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
@@ -1460,8 +1440,7 @@ class Trainer:
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
-            rank = next((r for r, bad in enumerate(bad_ranks) if bad), None)
-            what = "gradient" if rank is None else f"loss on rank {rank}"
+            what = next((f"loss on rank {r}" for r, bad in enumerate(bad_ranks) if bad), "gradient")
             shard = self.shards["train"].paths[place[0]].name
             raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); "
                              "the weights are as before this step")
@@ -1472,7 +1451,7 @@ class Trainer:
             raise Divergence(f"the validation loss is not finite at step {step}")
         return rounded({"step": step, **event})
 
-    def save(self, step: int, record: Record, keep: int = 2):
+    def save(self, step: int, record: Record):
         if not self.rt.main:
             return
         os.fsync(record.metrics.fileno())
@@ -1482,7 +1461,7 @@ class Trainer:
                  "train_flops": self.train_flops,
                  "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
         write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-        for path in checkpoints(record.folder)[:-keep]:
+        for path in checkpoints(record.folder)[:-2]:
             path.unlink()
 
     def restore(self, state: dict, source: Path):
@@ -1598,18 +1577,19 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
     record.write(Path(__file__).name, Path(__file__).read_text())
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    tokens = {k: sum(map(len, s.tokens)) for k, s in trainer.shards.items()}
-    record.say(
-        f"{record.folder}  ({env['command']})\n"
-        f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
-        f"{torch.__version__}, {env['dtype']}" + f", compiled in {trainer.compile_s:.0f} s" * rt.compile +
-        f"\nmodel: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
-        f"control {cfg.control}" + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated +
-        f"\nweights: {trainer.origin}\n"
-        f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
-        f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
-        f"{trainer.loader.accumulation} micro-batches each")
+    tokens = {split: sum(map(len, shards.tokens)) for split, shards in trainer.shards.items()}
+    processes = "1 process" if rt.world == 1 else f"{rt.world} processes"
+    warm_up = f", compiled in {trainer.compile_s:.0f} s" * rt.compile
+    target = f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated
+    record.say(f"{record.folder}  ({env['command']})\n"
+               f"{env['device']}, {processes}, {env['threads']} threads, torch {torch.__version__}, "
+               f"{env['dtype']}{warm_up}\n"
+               f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {trainer.parameters:,} "
+               f"parameters, control {cfg.control}{target}\n"
+               f"weights: {trainer.origin}\n"
+               f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
+               f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
+               f"{trainer.loader.accumulation} micro-batches each")
     if cfg.gated and cfg.n_levels == 1:
         record.say("with 2 blocks there is one level, whose target is --mean_target_start")
     return []
@@ -1640,7 +1620,7 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
         "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": trainer.parameters,
         "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
@@ -1702,19 +1682,19 @@ def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
     if explicit.get("config"):
         settings |= recorded_settings(Path(explicit["config"]))
     explicit = restarted_record(settings | explicit) | explicit
-    if explicit.get("resume"):
-        path = Path(explicit["resume"]) / "config.json"
+    if resume := explicit.get("resume"):
+        path = Path(resume) / "config.json"
         if not path.exists():
-            raise UserError(f"--resume {explicit['resume']} is not a record: it has no config.json")
+            raise UserError(f"--resume {resume} is not a record: it has no config.json")
         settings = recorded_settings(path)
         fixed = {k: v for k, v in explicit.items() if k not in RESUME_MAY_CHANGE}
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
-            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record "
-                            f"{explicit['resume']}, which has {settings.get(wrong[0])}: leave the flag out")
+            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {resume}, which "
+                            f"has {settings.get(wrong[0])}: leave the flag out")
     elif "control" in explicit or "control" in also:  # another rule's coefficients are its own
         settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}
     source = explicit.get("init_from", settings.get("init_from"))
-    if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
+    if source and not (resume and checkpoints(Path(resume))):
         stored, weights = read_weights(source)
         settings |= checkpoint_settings(stored, explicit, source, also)
     return Config(**(settings | explicit)), weights

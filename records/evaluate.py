@@ -171,7 +171,7 @@ def run(cfg: Config, weights: dict, args) -> int:
         lines = [evaluate_text(model, rt, path) for path in args.text]
         print(*lines, *([evaluate_hellaswag(model, rt, args.hellaswag)] if args.hellaswag else []), sep="\n")
         return 0
-    shards = tgs.Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")
+    shards = tgs.Shards(cfg, "val")
     model, depths = tgs.build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
     if rt.compile:  # before the clock starts
         tokens = torch.zeros(cfg.device_batch_size, cfg.max_seq_len, dtype=torch.int64, device=rt.device)

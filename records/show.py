@@ -23,7 +23,7 @@ import train_gpt_skip as tgs  # noqa: E402 (the running script, where that is wh
 def print_plan(trainer: tgs.Trainer):
     """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
     cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
-    parameters, steps = sum(p.numel() for p in trainer.model.parameters()), cfg.num_steps - trainer.first_step
+    parameters, steps = trainer.parameters, cfg.num_steps - trainer.first_step
     weights = 4 * parameters  # bytes; AdamW's two moments are as many each
     folder = Path(cfg.resume or cfg.records_dir).resolve()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
@@ -106,7 +106,7 @@ def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
     among several ranks also with the gradients averaged, and of averaging as many numbers by itself."""
     cfg, rt, model, parallel = trainer.cfg, trainer.rt, trainer.model, trainer.parallel
     batch = [t.to(rt.device) for t in trainer.loader.pending.result()]
-    gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=rt.device)
+    gradients = torch.zeros(trainer.parameters, device=rt.device)
     variants = {"gated_step": (cfg, model), "dense_step": (cfg.dense(), model)}
     variants |= {"averaged_step": (cfg, parallel), "all_reduce": (cfg, parallel)} if rt.world > 1 else {}
     seconds = {name: [] for name in variants}
