@@ -4,7 +4,8 @@ The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and A
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
 float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the paper's order;
-what looks at a finished run is a tool in records/. Three commands:
+what draws and prints (records/show.py, which a copy of this file can do without) and what looks at a finished
+run is in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
     ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
@@ -1052,8 +1053,8 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
 
 @functools.cache
 def show():
-    """records/show.py, which draws and prints what a run was and changes nothing in it; None where this
-    script was copied away alone."""
+    """records/show.py, which draws and prints a run and changes nothing in it; None where this script was
+    copied away alone."""
     if not (ROOT / "records" / "show.py").exists():
         return None
     sys.modules.setdefault("train_gpt_skip", sys.modules[__name__])  # which it imports
@@ -1115,11 +1116,6 @@ class Record:
             self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
                                      f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
             self.bar.update()
-
-    def close_bar(self):
-        if self.bar:
-            self.bar.close()
-            self.bar = None
 
     def events(self) -> list[dict]:
         with open(self.folder / "metrics.jsonl") as f:
@@ -1534,7 +1530,9 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
         if trainer.stopping:
             trainer.save(step + 1, record)
             break
-    record.close_bar()
+    if record.bar:
+        record.bar.close()
+        record.bar = None
     if not trainer.stopping:
         return finish(trainer, record, step, history)
     record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
@@ -1555,8 +1553,8 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
             e = error if isinstance(error, UserError) else f"{path} does not fit the record ({error})"
         report("WARNING", f"{e}; trying the checkpoint before")
     if found:
-        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them "
-                        "to start at step 0")
+        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at "
+                        "step 0")
     return None, None
 
 
