@@ -43,6 +43,10 @@ class RankError(UserError):
     """What one rank may see alone: that rank says it. (What all ranks see is said once a machine.)"""
 
 
+class Divergence(Exception):
+    """A loss or gradient that is not finite. Exit status 3."""
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Configuration (Table 2). Every field is a flag of the same name.
 
@@ -106,7 +110,7 @@ class Config:
     eps: float = flag(1e-10, "AdamW epsilon")
     weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
-    num_steps: int | None = flag(None, "optimizer steps (default: one pass over the data)", allow="at least 0")
+    num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
     warmup_fraction: float = share(0.1, "share of the steps that warms up")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
@@ -1313,11 +1317,13 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, ret
         routers = {k: v for k, v in own.items() if k.startswith("masks.")}
         state = {k: v for k, v in state.items() if not k.startswith("masks.")} | routers
     if wrong := sorted(own.keys() ^ state.keys()):
-        which = "lacks" if wrong[0] in own else "also has"
-        hint = "; try --control dense" if wrong[0].startswith("masks.") and wrong[0] in own else (
-            "; is --norm the one it was trained with?" if "post" in wrong[0] else "")
-        raise UserError(f"checkpoint {source} does not fit: it {which} {wrong[0]} ({len(wrong)} such "
-                        f"names){hint}")
+        lacks, hint = wrong[0] in own, ""
+        if lacks and wrong[0].startswith("masks."):
+            hint = "; try --control dense"
+        elif "post" in wrong[0]:
+            hint = "; is --norm the one it was trained with?"
+        raise UserError(f"checkpoint {source} does not fit: it {'lacks' if lacks else 'also has'} {wrong[0]} "
+                        f"({len(wrong)} such names){hint}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
             raise UserError(f"checkpoint {source} does not fit: {k} is {kind(v)}, the model's is "
@@ -1484,10 +1490,6 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-class Divergence(Exception):
-    """A loss or gradient that is not finite. Exit status 3."""
-
-
 def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
     """The run of a configuration, or with dry_run only what it would be; returns the exit status."""
     state, source = latest_checkpoint(Path(cfg.resume)) if cfg.resume else (None, None)
@@ -1548,10 +1550,12 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
             state, size = read_checkpoint(path), (folder / "metrics.jsonl").stat().st_size
             if size >= state["record_bytes"]:
                 return state, path
-            e = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
-        except (UserError, OSError, LookupError, TypeError) as error:
-            e = error if isinstance(error, UserError) else f"{path} does not fit the record ({error})"
-        report("WARNING", f"{e}; trying the checkpoint before")
+            wrong = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
+        except UserError as e:
+            wrong = e
+        except (OSError, LookupError, TypeError) as e:
+            wrong = f"{path} does not fit the record ({e})"
+        report("WARNING", f"{wrong}; trying the checkpoint before")
     if found:
         raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at "
                         "step 0")
@@ -1623,8 +1627,8 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
         "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
-        **{f"{k}_seconds": seconds.get(k)
-           for k in ("gated_step", "dense_step", "averaged_step", "all_reduce")},  # None: not measured
+        "gated_step_seconds": seconds.get("gated"), "dense_step_seconds": seconds.get("dense"),
+        "averaged_step_seconds": seconds.get("averaged"), "all_reduce_seconds": seconds.get("all_reduce"),
         "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
         "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
     }

@@ -107,8 +107,8 @@ def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
     cfg, rt, model, parallel = trainer.cfg, trainer.rt, trainer.model, trainer.parallel
     batch = [t.to(rt.device) for t in trainer.loader.pending.result()]
     gradients = torch.zeros(trainer.parameters, device=rt.device)
-    variants = {"gated_step": (cfg, model), "dense_step": (cfg.dense(), model)}
-    variants |= {"averaged_step": (cfg, parallel), "all_reduce": (cfg, parallel)} if rt.world > 1 else {}
+    variants = {"gated": (cfg, model), "dense": (cfg.dense(), model)}
+    variants |= {"averaged": (cfg, parallel), "all_reduce": (cfg, parallel)} if rt.world > 1 else {}
     seconds = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, (model.cfg, trainer.parallel) in variants.items():
