@@ -1622,8 +1622,8 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
         "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
-        "parameters": trainer.parameters,
-        "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
+        "parameters": trainer.parameters, "estimated_flops_per_token": estimated,
+        "realised_flops_per_token": last["flops_per_token"],
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
         "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
@@ -1636,7 +1636,6 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
 
 def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
     """Summary, plot, weights, and the closing lines."""
-    cfg = trainer.cfg
     recompiles = graphs_compiled() - trainer.graphs
     seconds = show().step_seconds(trainer) if show() else {}
     if not trainer.rt.main:
@@ -1650,7 +1649,7 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
                f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "
                f"{summary['tokens_per_s']:.0f} tokens/s")
     if show():
-        record.say("\n".join(show().closing_lines(summary, cfg, record.folder)))
+        record.say("\n".join(show().closing_lines(summary, trainer.cfg, record.folder)))
     else:
         record.say(f"record: {record.folder} (no plot, no step time: this script was copied without "
                    "records/show.py)")
