@@ -22,8 +22,8 @@ from train_gpt_skip import Config, MiddleSkippingTransformer, UserError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
 sys.path.insert(0, str(ROOT / "records"))
-tokenize_text, sample, evaluate, export = map(importlib.import_module, (
-    "tokenize_text", "sample", "evaluate", "export"))
+tokenize_text, sample, evaluate, export, show = map(importlib.import_module, (
+    "tokenize_text", "sample", "evaluate", "export", "show"))
 TINY = dict(dim=16, n_layers=4, n_heads=2, vocab_size=11, max_seq_len=8, batch_size=4, device_batch_size=2,
             num_steps=3)
 torch.set_num_threads(1)  # the cases are tiny
@@ -739,11 +739,15 @@ class Rank:
         self.sum = lambda x: x
 
 
+def shards_of(files, vocab_size):
+    return tgs.Shards(Config(train_files=str(files), vocab_size=vocab_size), "train")
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_reads_the_same_windows_at_every_step(tmp_path, world):
     """Two shards of 100 and 75 tokens, blocks of 4 x 8: three steps, then two, then from the start again."""
     write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100, 175))
-    shards = tgs.Shards(str(tmp_path / "a_*.bin"), None, 1000, "train_files")
+    shards = shards_of(tmp_path / "a_*.bin", vocab_size=1000)
     cfg = Config(**TINY | dict(device_batch_size=1))
     loaders = [tgs.TrainLoader(shards, cfg, Rank(r, world)) for r in range(world)]
     assert loaders[0].steps_per_pass == 5
@@ -759,7 +763,7 @@ def test_any_number_of_ranks_reads_the_same_windows_at_every_step(tmp_path, worl
 
 
 def test_a_loader_goes_on_from_the_place_that_a_checkpoint_holds(tmp_path):
-    shards = tgs.Shards(str(write_shard(tmp_path / "a.bin", range(200))), None, 1000, "train_files")
+    shards = shards_of(write_shard(tmp_path / "a.bin", range(200)), vocab_size=1000)
     cfg = Config(**TINY)
     loader = tgs.TrainLoader(shards, cfg, Rank(0, 1))
     list(loader.micro_batches())
@@ -776,7 +780,7 @@ def test_a_shuffled_pass_takes_every_sequence_once_in_an_order_that_seed_and_pas
 
     def steps(count, world=1, place=(0, 0, 0), seed=1):
         cfg = Config(**TINY | dict(vocab_size=99, shuffle=True, seed=seed))
-        loaders = [tgs.TrainLoader(tgs.Shards(str(tmp_path / "*.bin"), None, 99, "f"), cfg, Rank(r, world))
+        loaders = [tgs.TrainLoader(shards_of(tmp_path / "*.bin", vocab_size=99), cfg, Rank(r, world))
                    for r in range(world)]
         out = []
         for loader in loaders:
@@ -801,14 +805,16 @@ def test_a_shuffled_pass_takes_every_sequence_once_in_an_order_that_seed_and_pas
 
 def test_train_tokens_limits_the_training_set_and_val_tokens_the_validation_set(tmp_path):
     write_shard(tmp_path / "a_1.bin", range(100)), write_shard(tmp_path / "a_2.bin", range(100))
-    shards = tgs.Shards(str(tmp_path / "a_*.bin"), 130, 1000, "train_files")
-    assert [len(t) for t in shards.tokens] == [100, 30]
+    cfg = Config(train_files=str(tmp_path / "a_*.bin"), train_tokens=130, val_files=str(tmp_path / "a_*.bin"),
+                 val_tokens=40)
+    assert [len(t) for t in tgs.Shards(cfg, "train").tokens] == [100, 30]
+    assert [len(t) for t in tgs.Shards(cfg, "val").tokens] == [40]
 
 
 def test_validation_takes_every_full_sequence_of_every_shard(tmp_path):
     write_shard(tmp_path / "v_1.bin", [1] * 33), write_shard(tmp_path / "v_2.bin", [2] * 24)
     cfg = Config(**TINY)
-    shards = tgs.Shards(str(tmp_path / "v_*.bin"), None, 11, "val_files")
+    shards = shards_of(tmp_path / "v_*.bin", vocab_size=11)
     assert tgs.sequences(shards, cfg) == [(0, 0), (0, 8), (0, 16), (0, 24), (1, 0), (1, 8)]
     model, _ = random_model(8)
     rt = tgs.Runtime(cfg)
@@ -1189,9 +1195,32 @@ def test_a_run_on_a_terminal_shows_loss_sparsity_speed_and_time_left_in_one_line
 
 def test_the_plot_is_drawn_at_each_validation_and_at_the_end(tmp_path, corpus, monkeypatch):
     drawn = []
-    monkeypatch.setattr(tgs, "plot", lambda events, cfg, path: drawn.append(events[-1]))
+    monkeypatch.setattr(show, "plot", lambda events, cfg, path: drawn.append(events[-1]))
     assert tgs.main(flags(corpus, tmp_path, num_steps=5, val_every=2)) == 0
     assert [e["step"] for e in drawn] == [0, 2, 4, 5, 5] and {e["kind"] for e in drawn} == {"val"}
+
+
+def test_a_copy_of_the_script_alone_in_a_folder_trains_and_writes_its_record(tmp_path, corpus):
+    """All but the plot, the step's times and the plan of --dry_run, which records/show.py makes: that is said
+    in one line. The project's tools read the record."""
+    script = shutil.copy(ROOT / "train_gpt_skip.py", tmp_path / "fork.py")
+    argv = [sys.executable, script, *flags(corpus, "records", num_steps=4, val_every=2)]
+    def start(*more):
+        return subprocess.run([*argv, *more], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    done = start()
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    record = only_record(tmp_path / "records")
+    assert {p.name for p in record.iterdir()} == {
+        "log.txt", "metrics.jsonl", "config.json", "env.json", "fork.py", "summary.json", "checkpoint_4.pt",
+        "model.safetensors"}
+    assert [line for line in done.stdout.splitlines() if "no plot" in line and "show.py" in line] != []
+    summary = json.loads((record / "summary.json").read_text())
+    assert summary["step"] == 4 and summary["gated_step_seconds"] is None
+    assert f"validation loss {summary['cross_entropy']:.4f}" in done.stdout
+    assert evaluate.main(["--checkpoint", str(record)]) == 0
+    planned = start("--dry_run")
+    assert planned.returncode == 2 and planned.stderr.count("\n") == 1 and "show.py" in planned.stderr
 
 
 def test_importing_the_script_does_no_work():
@@ -1226,7 +1255,7 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status
 
 @pytest.fixture
 def no_plot(monkeypatch):
-    monkeypatch.setattr(tgs, "plot", lambda *args: None)  # a second a run
+    monkeypatch.setattr(show, "plot", lambda *args: None)  # a second a run
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and A
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
 float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the paper's order;
-what looks at a finished run is a tool in records/. Three commands:
+what draws and prints (records/show.py, which a copy of this file can do without) and what looks at a finished
+run is in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
     ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
@@ -12,8 +13,8 @@ what looks at a finished run is a tool in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
-import re, shlex, shutil, signal, subprocess, sys, time, warnings, zipfile
+import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
+import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors.torch import load_file as load_safetensors, save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,9 +43,14 @@ class RankError(UserError):
     """What one rank may see alone: that rank says it. (What all ranks see is said once a machine.)"""
 
 
+class Divergence(Exception):
+    """A loss or gradient that is not finite. Exit status 3."""
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Configuration (Table 2). Every field is a flag of the same name.
 
+OF_CONTROL = "mean_coef_init", "var_coef_init", "coef_update"
 CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the coefficients never move)
     "dense": (0.0, 0.0, 0.0), "none": (0.0, 0.0, 0.0), "sparsity": (0.01, 0.0, 0.0),
     "sparsity_variance": (0.01, -0.01, 0.0), "sparsity_variance_l2": (0.1, 0.1, 0.0),
@@ -53,6 +61,9 @@ CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the 
 
 def flag(default, text, *choices, allow="above 0"):
     return dataclasses.field(default=default, metadata=dict(help=text, choices=choices or None, allow=allow))
+
+
+share = functools.partial(flag, allow="between 0 and 1")
 
 
 @dataclass
@@ -75,44 +86,38 @@ class Config:
     compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
     control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
-    mean_target_start: float = flag(1.0, "target mean gate of the first block, 0 to 1",
-                                    allow="between 0 and 1")
-    mean_target_end: float = flag(0.5, "target mean gate of the middle blocks, 0 to 1",
-                                  allow="between 0 and 1")
+    mean_target_start: float = share(1.0, "target mean gate of the first block, 0 to 1")
+    mean_target_end: float = share(0.5, "target mean gate of the middle blocks, 0 to 1")
     mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)", allow="any")
     var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
     coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
-    tolerance: float = flag(0.01, "tolerance delta: smaller deviations do not move a coefficient",
-                            allow="at least 0")
+    tolerance: float = flag(0.01, "tolerance delta: smaller deviations move nothing", allow="at least 0")
     # data
     train_files: str = flag("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
     val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
     val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
     shuffle: bool = flag(False, "take a shard's sequences in a random order, seeded, new each pass")
-    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2",
-                                "bytes")
+    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2", "bytes")
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
     # optimizer and schedule (linear warm-up, cosine decay)
     optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
-    beta1: float = flag(0.8, "decay of AdamW's first moment", allow="between 0 and 1")
-    beta2: float = flag(0.95, "decay of AdamW's second moment", allow="between 0 and 1")
+    beta1: float = share(0.8, "decay of AdamW's first moment")
+    beta2: float = share(0.95, "decay of AdamW's second moment")
     eps: float = flag(1e-10, "AdamW epsilon")
     weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
-    num_steps: int | None = flag(None, "optimizer steps (default: one pass over the training tokens)",
-                                 allow="at least 0")
-    warmup_fraction: float = flag(0.1, "share of the steps that warms up", allow="between 0 and 1")
+    num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
+    warmup_fraction: float = share(0.1, "share of the steps that warms up")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
     config: str | None = flag(None, "start from the settings of a record's config.json (a file)")
     name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
-    seed: int = flag(0, "seed of the initial weights, of --shuffle and of --control random",
-                     allow="at least 0")
+    seed: int = flag(0, "seed of the initial weights, --shuffle and --control random", allow="at least 0")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
     dtype: str | None = flag(None, "of products (default: bfloat16 on cuda only)", "bfloat16", "float32")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
@@ -120,18 +125,24 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     log_every: int = flag(1, "steps between lines of the log")
     metrics_every: int = flag(1, "steps between training events of metrics.jsonl")
-    target_loss: float | None = flag(None, "stop when the validation loss (nats a token) reaches this",
-                                     allow="any")
+    target_loss: float | None = flag(None, "stop at this validation loss (nats a token)", allow="any")
     records_dir: str = flag("records", "folder that holds the records")
     resume: str | None = flag(None, "a record's folder: go on from its last checkpoint")
     init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
+    # what follows from them
+    head_dim = property(lambda self: self.dim // self.n_heads)
+    hidden_dim = property(lambda self: int(self.ffn_dim_multiplier * self.dim))
+    n_levels = property(lambda self: self.n_layers // 2)
+    n_routers = property(lambda self: 0 if self.control in ("dense", "random") else self.n_levels)
+    gated = property(lambda self: self.control != "dense")
+    step_tokens = property(lambda self: self.batch_size * self.max_seq_len)
+    tokeniser = property(lambda self: self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2"))
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        alpha, beta, gamma = CONTROLS.get(self.control, (0, 0, 0))
-        self.mean_coef_init = alpha if self.mean_coef_init is None else self.mean_coef_init
-        self.var_coef_init = beta if self.var_coef_init is None else self.var_coef_init
-        self.coef_update = gamma if self.coef_update is None else self.coef_update
+        for name, value in zip(OF_CONTROL, CONTROLS.get(self.control, ())):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for f in dataclasses.fields(self):
             check_field(f, getattr(self, f.name))
         for ok, message in self.rules():
@@ -157,41 +168,11 @@ class Config:
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
 
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
-
-    @property
-    def hidden_dim(self):
-        return int(self.ffn_dim_multiplier * self.dim)
-
-    @property
-    def n_levels(self):
-        return self.n_layers // 2
-
-    @property
-    def tokeniser(self):
-        return self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
-
-    @property
-    def gated(self):
-        return self.control != "dense"
-
-    @property
-    def n_routers(self):
-        return 0 if self.control in ("dense", "random") else self.n_levels
-
-    @property
-    def step_tokens(self):
-        return self.batch_size * self.max_seq_len
-
     def dense(self):
         """The same model without routers."""
-        return dataclasses.replace(self, control="dense", mean_coef_init=None, var_coef_init=None,
-                                   coef_update=None)
+        return dataclasses.replace(self, control="dense", **dict.fromkeys(OF_CONTROL))
 
 
-OF_CONTROL = {"mean_coef_init", "var_coef_init", "coef_update"}
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
 GATE_FIELDS = ["control", "mean_target_start", "mean_target_end", "seed"]  # what its gates follow from
@@ -234,7 +215,7 @@ class Runtime:
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.main, local = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available() if cfg.device is None else cfg.device == "cuda"
         if cuda and local >= torch.cuda.device_count():
             raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
@@ -257,10 +238,6 @@ class Runtime:
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank,
                                     world_size=self.world, timeout=timeout)
-
-    @property
-    def main(self):
-        return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over ranks, in place."""
@@ -957,14 +934,15 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class Shards:
-    """The shards of a glob in sorted order, cut to the first `limit` tokens. Relative globs may also start at
-    the script's folder."""
+    """The shards of --train_files or --val_files in sorted order, cut to the first --train_tokens or
+    --val_tokens. Relative globs may also start at the script's folder."""
 
-    def __init__(self, pattern: str, limit: int | None, vocab_size: int, name: str):
+    def __init__(self, cfg: Config, split: str):
+        pattern, limit = getattr(cfg, f"{split}_files"), getattr(cfg, f"{split}_tokens")
         paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
         if not paths:
-            raise UserError(f"--{name} {pattern} matches no file; {SHARD_HINT}")
-        self.paths, self.tokens, self.vocab_size = [], [], vocab_size
+            raise UserError(f"--{split}_files {pattern} matches no file; {SHARD_HINT}")
+        self.paths, self.tokens, self.vocab_size = [], [], cfg.vocab_size
         for path in paths:
             tokens = open_shard(path)
             if limit is not None:
@@ -997,13 +975,6 @@ class Shards:
                                 f"which has {shard['tokens']}: one of the two is from another dataset; make "
                                 "or fetch both again")
         return dataset
-
-    def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes of text a token, where dataset.json tells."""
-        said = [self.dataset().get("shards", {}).get(p.name, {}) for p in self.paths]
-        if not all("bytes" in s for s in said):
-            return None
-        return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
 
 
 class TrainLoader:
@@ -1127,19 +1098,34 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
             "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Records: one folder a run, which a person, a plot or another program can read.
+
+@functools.cache
+def show():
+    """records/show.py, which draws and prints a run and changes nothing in it; None where this script was
+    copied away alone."""
+    if not (ROOT / "records" / "show.py").exists():
+        return None
+    sys.modules.setdefault("train_gpt_skip", sys.modules[__name__])  # which it imports
+    sys.path.insert(0, str(ROOT / "records"))
+    return importlib.import_module("show")
+
 
 class Record:
     """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
 
-    def __init__(self, cfg: Config, rt: Runtime, folder: Path | None = None):
-        self.cfg, self.rt, self.folder, self.bar = cfg, rt, folder, None
-        if rt.main:
-            self.folder = folder or make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
-            names = "metrics.jsonl", "log.txt"
-            self.metrics, self.text = (open(self.folder / name, "ab", buffering=0) for name in names)
+    def __init__(self, cfg: Config, rt: Runtime, first_step: int):
+        self.cfg, self.rt, self.folder, self.bar = cfg, rt, None, None
+        if not rt.main:
+            return
+        name = cfg.name or cfg.preset or cfg.control
+        self.folder = Path(cfg.resume) if cfg.resume else make_folder(Path(cfg.records_dir), name)
+        self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        self.text = open(self.folder / "log.txt", "ab", buffering=0)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
+                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
 
     def append(self, file, line: str):
         """A whole line or none, through no buffer."""
@@ -1151,46 +1137,49 @@ class Record:
             file.truncate(size)
             raise unwritable(Path(file.name), e)
 
-    def say(self, line: str = "", step_line: bool = False):
+    def say(self, line: str, of_a_step: bool = False):
         """A line of log.txt and of the terminal; with a progress bar, a step's line goes to the file only."""
         if not self.rt.main:
             return
         self.append(self.text, line)
         if self.bar is None:
             print(line, flush=True)
-        elif not step_line:
+        elif not of_a_step:
             self.bar.write(line)
 
     def event(self, kind: str, **values):
         if self.rt.main:
             self.append(self.metrics, json.dumps({"kind": kind, **values}))
 
-    def progress(self, first: int, total: int):
-        if self.rt.main and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, initial=first, dynamic_ncols=True,
-                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
-
-    def advance(self, event: dict):
+    def step(self, event: dict):
+        """What a training step leaves: its event, its line, and its state on the progress bar."""
+        cfg, step, sparsity = self.cfg, event["step"], mean(event["gate_zero"])
+        if step % cfg.metrics_every == 0:
+            self.event("train", **event)
+        if step % cfg.log_every == 0:
+            zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
+            self.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
+                     f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
+                     f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
+                     + f"  zero gates {zeros}" * cfg.gated, of_a_step=True)
         if self.bar:
-            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity "
-                                     f"{mean(event['gate_zero']):.2f}, {event['tokens_per_s']:.0f} tokens/s",
-                                     refresh=False)
+            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
+                                     f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
             self.bar.update()
 
+    def events(self) -> list[dict]:
+        with open(self.folder / "metrics.jsonl") as f:
+            return [json.loads(line) for line in f]
+
     def plot(self):
-        if self.rt.main:
-            plot(self.events(), self.cfg, self.folder / "plot.png")
+        if self.rt.main and show():
+            show().plot(self.events(), self.cfg, self.folder / "plot.png")
 
     def write(self, name: str, content):
         """A whole file or none: JSON of a dict, else text."""
         if self.rt.main:
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
-
-    def events(self) -> list[dict]:
-        with open(self.folder / "metrics.jsonl") as f:
-            return [json.loads(line) for line in f]
 
 
 def rounded(event: dict) -> dict:
@@ -1204,17 +1193,16 @@ def rounded(event: dict) -> dict:
 def make_folder(parent: Path, name: str) -> Path:
     """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
-    for suffix in range(1, 1000):
-        folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.parent.is_dir():
-                raise UserError(f"--records_dir {parent} is not a folder")
-        except OSError as e:
-            raise UserError(f"--records_dir {parent} cannot be written: {e.strerror}")
-    raise UserError(f"--records_dir {parent} has no free name like {stamp}")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
+                folder.mkdir()
+                return folder
+    except OSError as e:
+        reason = "it is not a folder" if isinstance(e, FileExistsError) else e.strerror
+        raise UserError(f"--records_dir {parent} cannot be written: {reason}")
 
 
 def write_atomically(path: Path, write):
@@ -1256,15 +1244,14 @@ def run_quietly(*command) -> str | None:
 
 
 def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
-    from importlib.metadata import PackageNotFoundError, version
     packages = {}
     for name in ("torch", "numpy", "tiktoken", "huggingface-hub", "safetensors", "triton"):
-        with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     cuda = rt.device.type == "cuda"
     return {
-        "command": " ".join(map(shlex.quote, ["python", *sys.argv])), "date": datetime.datetime.now(
-            datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
@@ -1289,46 +1276,6 @@ def relative(value):
     return str(Path(value).relative_to(ROOT)) if inside else value
 
 
-def bars(values: list[float], width: int = 24) -> list[str]:
-    """A line a layer: its number, a bar, the value between 0 and 1."""
-    return [f"  block {l:2d} |{'█' * round(v * width):{width}s}| {v:6.1%}" for l, v in enumerate(values)]
-
-
-def plot(events: list[dict], cfg: Config, path: Path):
-    """Loss, sparsity and coefficients over steps, as one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train, val = ([e for e in events if e["kind"] == kind] for kind in ("train", "val"))
-    steps, levels = [e["step"] for e in train], range(cfg.n_levels)
-    fig, axes = plt.subplots(1, 3 if cfg.gated else 1, figsize=(15 if cfg.gated else 6, 4.2), squeeze=False)
-    axes, colors = axes[0], plt.cm.viridis(np.linspace(0.05, 0.9, cfg.n_levels))
-    axes[0].plot(steps, [e["cross_entropy"] for e in train], color="0.7", lw=1, label="training")
-    axes[0].plot([e["step"] for e in val], [e["cross_entropy"] for e in val], "o-", ms=3, color="C3",
-                 label="validation")
-    axes[0].set(title="Loss", ylabel="cross-entropy (nats a token)")
-    axes[0].legend(frameon=False)
-    if cfg.gated:
-        target = mean_targets(cfg)
-        for l in levels:
-            label = f"{l} and {cfg.n_layers - 1 - l}"
-            axes[1].plot(steps, [e["gate_mean"][l] for e in train], color=colors[l], lw=1.2, label=label)
-            axes[1].axhline(target[l], color=colors[l], lw=0.8, ls=":")
-            axes[2].plot(steps, [e["mean_coef"][l] for e in train], color=colors[l], lw=1.2)
-            axes[2].plot(steps, [e["var_coef"][l] for e in train], color=colors[l], lw=1.2, ls="--")
-        axes[1].set(title="Mean gate (dotted: its target)", ylim=(-0.02, 1.02), ylabel="mean gate")
-        axes[2].set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
-        axes[2].legend(*axes[1].get_legend_handles_labels(), title="blocks", loc="center left",
-                       bbox_to_anchor=(1, 0.5), frameon=False)
-    for ax in axes:
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
-    write_atomically(path, lambda f: fig.savefig(f, dpi=120, format="png"))
-    plt.close(fig)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: ours to go on from, and weights from ours, the authors' or a hub's folder.
 
@@ -1342,8 +1289,7 @@ def read_checkpoint(path: Path) -> dict:
     """What a .pt or .safetensors file holds, tensors and plain values: a pickle that runs code is refused."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+            return load_safetensors(path)
         with zipfile.ZipFile(path) as z:
             if damaged := z.testzip():
                 raise ValueError(f"{damaged} fails its checksum")
@@ -1380,7 +1326,6 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
 
 
 def fetch_repo(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(repo, revision=revision,
                                       allow_patterns=["config.json", "model.safetensors"]))
@@ -1410,28 +1355,31 @@ def is_dense(state: dict) -> bool:
 def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, retrofit=False):
     """Load tensors of any float type; UserError where names or shapes are not the model's. To retrofit is to
     leave the model's routers as they are if the checkpoint is dense."""
+    def kind(v):
+        return f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+
     own = model.state_dict()
     if is_dense(state) and (retrofit or not model.masks):
         routers = {k: v for k, v in own.items() if k.startswith("masks.")}
         state = {k: v for k, v in state.items() if not k.startswith("masks.")} | routers
     if wrong := sorted(own.keys() ^ state.keys()):
-        which = "lacks" if wrong[0] in own else "also has"
-        hint = "; try --control dense" if wrong[0].startswith("masks.") and wrong[0] in own else (
-            "; is --norm the one it was trained with?" if "post" in wrong[0] else "")
-        raise UserError(f"checkpoint {source} does not fit: it {which} {wrong[0]} ({len(wrong)} such "
-                        f"names){hint}")
+        lacks, hint = wrong[0] in own, ""
+        if lacks and wrong[0].startswith("masks."):
+            hint = "; try --control dense"
+        elif "post" in wrong[0]:
+            hint = "; is --norm the one it was trained with?"
+        raise UserError(f"checkpoint {source} does not fit: it {'lacks' if lacks else 'also has'} {wrong[0]} "
+                        f"({len(wrong)} such names){hint}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
-            raise UserError(f"checkpoint {source} does not fit: {k} is "
-                            f"{getattr(v, 'dtype', type(v).__name__)} {list(getattr(v, 'shape', []))}, the "
-                            f"model's is {own[k].dtype} {list(own[k].shape)}")
+            raise UserError(f"checkpoint {source} does not fit: {k} is {kind(v)}, the model's is "
+                            f"{kind(own[k])}")
     model.load_state_dict(state)
 
 
 def export_weights(model: MiddleSkippingTransformer, path: Path):
-    from safetensors.torch import save
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    write_atomically(path, lambda f: f.write(save(tensors)))
+    write_atomically(path, lambda f: f.write(safetensors_bytes(tensors)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1456,16 +1404,16 @@ class Trainer:
         if cfg.batch_size % (cfg.device_batch_size * rt.world):
             raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
                             f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
-        self.shards = {"train": Shards(cfg.train_files, cfg.train_tokens, cfg.vocab_size, "train_files"),
-                       "val": Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")}
+        self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
         cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
-        retrofit = weights is not None and cfg.n_routers and is_dense(weights)
-        self.origin = "new" if weights is None else f"from {cfg.init_from}" + (
-            f", which is dense: {cfg.n_routers} routers are new") * bool(retrofit)
+        self.origin = f"from {cfg.init_from}" if weights else "new"
+        if weights and cfg.n_routers and is_dense(weights):
+            self.origin += f", which is dense: {cfg.n_routers} routers are new"
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
@@ -1535,17 +1483,19 @@ class Trainer:
         self.train_s += (seconds := time.perf_counter() - start)
         if self.train_flops is not None:
             self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
-        return rounded({
+        event = {
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
             "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
             "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
             **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
-            "var_coef": mirrored(self.control.coef[1]), **imbalance(active.tolist())})
+            "var_coef": mirrored(self.control.coef[1])}
+        if rt.world > 1:  # active tokens of the busiest rank, in units of the mean over ranks
+            event["rank_imbalance"] = (active.max() / active.mean()).item() if active.any() else 1.0
+        return rounded(event)
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
-            rank = next((r for r, bad in enumerate(bad_ranks) if bad), None)
-            what = "gradient" if rank is None else f"loss on rank {rank}"
+            what = next((f"loss on rank {r}" for r, bad in enumerate(bad_ranks) if bad), "gradient")
             shard = self.shards["train"].paths[place[0]].name
             raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); "
                              "the weights are as before this step")
@@ -1556,7 +1506,7 @@ class Trainer:
             raise Divergence(f"the validation loss is not finite at step {step}")
         return rounded({"step": step, **event})
 
-    def save(self, step: int, record: Record, keep: int = 2):
+    def save(self, step: int, record: Record):
         if not self.rt.main:
             return
         os.fsync(record.metrics.fileno())
@@ -1566,7 +1516,7 @@ class Trainer:
                  "train_flops": self.train_flops,
                  "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
         write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-        for path in checkpoints(record.folder)[:-keep]:
+        for path in checkpoints(record.folder)[:-2]:
             path.unlink()
 
     def restore(self, state: dict, source: Path):
@@ -1588,43 +1538,9 @@ class Trainer:
             raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
                             "it to go on from an earlier one")
 
-    def step_seconds(self, rounds: int = 5) -> dict:
-        """Seconds of forward and backward on one micro-batch: as trained, with every gate taken out, and,
-        among several ranks, with the gradients averaged; and of averaging as many numbers by itself.
-        Medians."""
-        batch = [t.to(self.rt.device) for t in self.loader.pending.result()]
-        variants = {"gated": (self.cfg, self.model), "dense": (self.cfg.dense(), self.model)}
-        variants |= {"averaged": (self.cfg, self.parallel)} if self.rt.world > 1 else {}
-        gradients = torch.zeros(sum(p.numel() for p in self.model.parameters()), device=self.rt.device)
-        seconds, parallel = {k: [] for k in [*variants, "all_reduce"]}, self.parallel
-
-        def clock(name, run):
-            self.rt.synchronize()
-            start = time.perf_counter()
-            run()
-            self.rt.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-
-        for _ in range(rounds + 1):
-            for name, (self.model.cfg, self.parallel) in variants.items():
-                clock(name, lambda: self.micro_step(*batch))
-            clock("all_reduce", lambda: self.rt.sum(gradients))
-        self.model.cfg, self.parallel = self.cfg, parallel
-        self.model.zero_grad(set_to_none=True)
-        return {k: sorted(v[1:])[rounds // 2] for k, v in seconds.items()}  # (the first warms up)
-
-
-def imbalance(active: list[float]) -> dict:
-    """Active tokens of the busiest rank, in units of the mean over ranks; nothing where there is one rank."""
-    return {} if len(active) == 1 else {"rank_imbalance": max(active) / mean(active) if any(active) else 1.0}
-
 
 def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
-
-class Divergence(Exception):
-    """A loss or gradient that is not finite. Exit status 3."""
 
 
 def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
@@ -1638,15 +1554,18 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
         raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, "
                         "elsewhere of another: copy the record to every machine")
     if dry_run:
-        return print_plan(trainer)
-    record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
+        if not show():
+            raise UserError(f"--dry_run needs {ROOT}/records/show.py, which this script was copied without")
+        show().print_plan(trainer)
+        return 0
+    record = Record(cfg, rt, trainer.first_step)
     history = open_record(trainer, record, state)
     install_signals(trainer)
-    record.progress(trainer.first_step, cfg.num_steps)
     for step in range(trainer.first_step, cfg.num_steps + 1):
-        if step != trainer.first_step and (step % cfg.save_every == 0 or step == cfg.num_steps):
+        last = step == cfg.num_steps
+        if step != trainer.first_step and (last or step % cfg.save_every == 0):
             trainer.save(step, record)
-        if step % cfg.val_every == 0 or step == cfg.num_steps:
+        if last or step % cfg.val_every == 0:
             event = trainer.validate(step)
             reached = cfg.target_loss is not None and event["cross_entropy"] <= cfg.target_loss
             if reached and step:
@@ -1661,69 +1580,20 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             if reached:
                 record.say(f"target loss {cfg.target_loss} reached at step {step}")
                 break
-        if step == cfg.num_steps:
-            break
-        event = trainer.train_step(step)
-        if step % cfg.metrics_every == 0:
-            record.event("train", **event)
-        if step % cfg.log_every == 0:
-            record.say(step_line(event, cfg), step_line=True)
-        record.advance(event)
+        if not last:
+            record.step(trainer.train_step(step))
         if trainer.stopping:
             trainer.save(step + 1, record)
-            return finish_interrupted(trainer, record, step + 1)
-    return finish(trainer, record, step, history)
-
-
-def print_plan(trainer: Trainer) -> int:
-    """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
-    cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
-    parameters, steps = sum(p.numel() for p in trainer.model.parameters()), cfg.num_steps - trainer.first_step
-    weights = 4 * parameters  # bytes; AdamW's two moments are as many each
-    folder = Path(cfg.resume or cfg.records_dir).resolve()
-    folder = next(p for p in (folder, *folder.parents) if p.exists())
-    free, need = shutil.disk_usage(folder).free, 10 * weights  # two checkpoints, a new one, model.safetensors
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--records_dir {cfg.records_dir} cannot be written: name another folder")
-    if need > free:
-        raise UserError(f"--records_dir {cfg.records_dir} has room for {size(free)}, checkpoints need "
-                        f"{size(need)}: make room, or name another folder")
-
-    def flops(shares):  # of a run in which levels see these shares of the tokens
-        stats = [[a * T, a * T, a * T, a * T * (a * T + 1) / 2] for a in shares]
-        return 3 * steps * cfg.batch_size * realised_flops(cfg, stats, T)
-
-    lines = [
-        f"{name + ':':6s} {sum(map(len, shards.tokens)):,} tokens in {len(shards.paths)} shards, "
-        f"{shards.paths[0]} to {shards.paths[-1].name}" for name, shards in trainer.shards.items()]
-    lines += [
-        f"model: {parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, {trainer.origin}",
-        f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
-        f"{steps / loader.steps_per_pass:.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
-        f"{cfg.device_batch_size} sequences a step",
-        f"work:  {flops([1.0] * cfg.n_levels):.3g} training FLOPs if no gate closes"
-        + f", {flops(mean_targets(cfg)):.3g} at the targets" * (cfg.gated and cfg.compute == "packed"),
-        f"bytes: a rank holds weights of {size(weights)}, gradients of {size(weights)}, moments of "
-        f"{size(2 * weights)}, and activations",
-        f"disk:  checkpoints of {size(3 * weights)}, {size(need)} at most; {size(free)} are free in {folder}",
-        f"{rt.device}, {str(rt.dtype).split('.')[1]}; nothing was written: start it without --dry_run"]
-    if rt.main:
-        print(*lines, sep="\n")
+            break
+    if record.bar:
+        record.bar.close()
+        record.bar = None
+    if not trainer.stopping:
+        return finish(trainer, record, step, history)
+    record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
+    record.say(f"interrupted after step {step + 1}; go on with: "
+               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
     return 0
-
-
-def size(n: float) -> str:
-    """Bytes as a person reads them."""
-    power = min(4, int(math.log10(max(n, 1)) / 3))
-    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def step_line(event: dict, cfg: Config) -> str:
-    zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
-    return (f"step {event['step']:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
-            f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
-            f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
-            + (f"  zero gates {zeros}" if cfg.gated else ""))
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
@@ -1733,13 +1603,15 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
             state, size = read_checkpoint(path), (folder / "metrics.jsonl").stat().st_size
             if size >= state["record_bytes"]:
                 return state, path
-            e = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
-        except (UserError, OSError, LookupError, TypeError) as error:
-            e = error if isinstance(error, UserError) else f"{path} does not fit the record ({error})"
-        report("WARNING", f"{e}; trying the checkpoint before")
+            wrong = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
+        except UserError as e:
+            wrong = e
+        except (OSError, LookupError, TypeError) as e:
+            wrong = f"{path} does not fit the record ({e})"
+        report("WARNING", f"{wrong}; trying the checkpoint before")
     if found:
-        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them "
-                        "to start at step 0")
+        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at "
+                        "step 0")
     return None, None
 
 
@@ -1760,17 +1632,17 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
     record.write(Path(__file__).name, Path(__file__).read_text())
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    tokens = {k: sum(map(len, s.tokens)) for k, s in trainer.shards.items()}
-    record.say(f"{record.folder}  ({env['command']})")
-    record.say(f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
-               f"{torch.__version__}, {env['dtype']}"
-               + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
-    record.say(f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
-               f"control {cfg.control}"
-               + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
-    record.say(f"weights: {trainer.origin}")
-    record.say(f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
+    tokens = {split: sum(map(len, shards.tokens)) for split, shards in trainer.shards.items()}
+    processes = "1 process" if rt.world == 1 else f"{rt.world} processes"
+    warm_up = f", compiled in {trainer.compile_s:.0f} s" * rt.compile
+    target = f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated
+    record.say(f"{record.folder}  ({env['command']})\n"
+               f"{env['device']}, {processes}, {env['threads']} threads, torch {torch.__version__}, "
+               f"{env['dtype']}{warm_up}\n"
+               f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {trainer.parameters:,} "
+               f"parameters, control {cfg.control}{target}\n"
+               f"weights: {trainer.origin}\n"
+               f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
                f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
                f"{trainer.loader.accumulation} micro-batches each")
     if cfg.gated and cfg.n_levels == 1:
@@ -1789,15 +1661,6 @@ def install_signals(trainer: Trainer):
         signal.signal(number, handle)
 
 
-def finish_interrupted(trainer: Trainer, record: Record, step: int) -> int:
-    if record.bar:
-        record.bar.close()
-    record.write("summary.json", {"interrupted": True, "step": step, "train_seconds": trainer.train_s})
-    record.say(f"interrupted after step {step}; go on with: "
-               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
-    return 0
-
-
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets, dense bfloat16
 
 
@@ -1812,14 +1675,13 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
         "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
         "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
+        "parameters": trainer.parameters, "estimated_flops_per_token": estimated,
+        "realised_flops_per_token": last["flops_per_token"],
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
         "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
-        "gated_step_seconds": seconds["gated"], "dense_step_seconds": seconds["dense"],
-        "averaged_step_seconds": seconds.get("averaged"),
-        "all_reduce_seconds": seconds["all_reduce"] if rt.world > 1 else None,
+        "gated_step_seconds": seconds.get("gated"), "dense_step_seconds": seconds.get("dense"),
+        "averaged_step_seconds": seconds.get("averaged"), "all_reduce_seconds": seconds.get("all_reduce"),
         "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
         "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
     }
@@ -1827,47 +1689,24 @@ def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, s
 
 def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
     """Summary, plot, weights, and the closing lines."""
-    cfg, rt = trainer.cfg, trainer.rt
-    if record.bar:
-        record.bar.close()
-        record.bar = None
     recompiles = graphs_compiled() - trainer.graphs
-    seconds = trainer.step_seconds()
-    if not rt.main:
+    seconds = show().step_seconds(trainer) if show() else {}
+    if not trainer.rt.main:
         return 0
-    events = record.events()
-    summary = summarise(trainer, step, history, seconds, [e for e in events if e["kind"] == "train"])
-    summary["recompiles_after_warm_up"] = recompiles
+    steps = [e for e in record.events() if e["kind"] == "train"]
+    summary = summarise(trainer, step, history, seconds, steps) | {"recompiles_after_warm_up": recompiles}
     export_weights(trainer.model, record.folder / "model.safetensors")
     record.plot()
     record.write("summary.json", summary)
-    closing_lines(record, summary, history[0]["cross_entropy"], cfg)
-    return 0
-
-
-def closing_lines(record: Record, s: dict, first: float, cfg: Config):
-    record.say(f"\nvalidation loss {s['cross_entropy']:.4f} nats a token (at the start {first:.4f}), "
-               f"{s['step']} steps in {s['train_seconds']:.0f} s, {s['tokens_per_s']:.0f} tokens/s")
-    if cfg.gated:
-        full = realised_flops(cfg.dense(), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
-        record.say(f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped "
-                   "each block, in validation")
-        record.say("\n".join(bars(s["gate_zero"])))
-        record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g} realised, {full:.3g} dense "
-                   f"({s['realised_flops_per_token'] / full:.2f} of it)")
-        record.say(f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of "
-                   "the same size (forward and backward of one micro-batch, medians, measured now)")
+    record.say(f"\nvalidation loss {summary['cross_entropy']:.4f} nats a token (at the start "
+               f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "
+               f"{summary['tokens_per_s']:.0f} tokens/s")
+    if show():
+        record.say("\n".join(show().closing_lines(summary, trainer.cfg, record.folder)))
     else:
-        record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g}")
-    if s["ranks"] > 1:
-        record.say(f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} "
-                   "ms alone and lengthens a step by "
-                   f"{1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the busiest rank "
-                   f"has {s['rank_imbalance']:.3f} of the mean number of active tokens")
-    record.say(f"record: {record.folder} (look at plot.png)\nnext:\n"
-               f"  ./run.sh eval --checkpoint {record.folder}\n"
-               f"  ./run.sh sample --checkpoint {record.folder} --prompt 'def ' --show_depth\n"
-               f"  ./run.sh report")
+        record.say(f"record: {record.folder} (no plot, no step time: this script was copied without "
+                   "records/show.py)")
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1877,12 +1716,10 @@ def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Name
     """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
     for f in dataclasses.fields(Config):
         kind = f.type.split(" | ")[0]
-        common = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})")
-        if kind == "bool":
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(f"--{f.name}", type={"int": int, "float": float, "str": str}[kind],
-                                choices=f.metadata["choices"], **common)
+        how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
+            type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})", **how)
     args = parser.parse_args(argv)
     return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
 
@@ -1899,19 +1736,19 @@ def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
     if explicit.get("config"):
         settings |= recorded_settings(Path(explicit["config"]))
     explicit = restarted_record(settings | explicit) | explicit
-    if explicit.get("resume"):
-        path = Path(explicit["resume"]) / "config.json"
+    if resume := explicit.get("resume"):
+        path = Path(resume) / "config.json"
         if not path.exists():
-            raise UserError(f"--resume {explicit['resume']} is not a record: it has no config.json")
+            raise UserError(f"--resume {resume} is not a record: it has no config.json")
         settings = recorded_settings(path)
         fixed = {k: v for k, v in explicit.items() if k not in RESUME_MAY_CHANGE}
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
-            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record "
-                            f"{explicit['resume']}, which has {settings.get(wrong[0])}: leave the flag out")
+            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {resume}, which "
+                            f"has {settings.get(wrong[0])}: leave the flag out")
     elif "control" in explicit or "control" in also:  # another rule's coefficients are its own
         settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}
     source = explicit.get("init_from", settings.get("init_from"))
-    if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
+    if source and not (resume and checkpoints(Path(resume))):
         stored, weights = read_weights(source)
         settings |= checkpoint_settings(stored, explicit, source, also)
     return Config(**(settings | explicit)), weights

@@ -20,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tool  # noqa: E402
+from show import bars  # noqa: E402
 from tool import Config, UserError, encode, get_encoding, tgs  # noqa: E402
 from train_gpt_skip import MiddleSkippingTransformer  # noqa: E402
 
@@ -155,6 +156,14 @@ def since(marks: Tensor) -> Tensor:
     return at - torch.where(marks, at, 0).cummax(1).values
 
 
+def bytes_per_token(shards: tgs.Shards) -> float | None:
+    """Mean UTF-8 bytes of text a token, where dataset.json tells."""
+    said = [shards.dataset().get("shards", {}).get(p.name, {}) for p in shards.paths]
+    if not all("bytes" in s for s in said):
+        return None
+    return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
+
+
 def run(cfg: Config, weights: dict, args) -> int:
     rt = tgs.Runtime(cfg)
     if args.text or args.hellaswag:
@@ -162,7 +171,7 @@ def run(cfg: Config, weights: dict, args) -> int:
         lines = [evaluate_text(model, rt, path) for path in args.text]
         print(*lines, *([evaluate_hellaswag(model, rt, args.hellaswag)] if args.hellaswag else []), sep="\n")
         return 0
-    shards = tgs.Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")
+    shards = tgs.Shards(cfg, "val")
     model, depths = tgs.build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
     if rt.compile:  # before the clock starts
         tokens = torch.zeros(cfg.device_batch_size, cfg.max_seq_len, dtype=torch.int64, device=rt.device)
@@ -173,9 +182,9 @@ def run(cfg: Config, weights: dict, args) -> int:
     if rt.main:
         sparsity = mean(result["gate_zero"])
         print(f"cross_entropy {result['cross_entropy']:.6f} nats a token over {result['tokens']} tokens")
-        if per_token := shards.bytes_per_token():
+        if per_token := bytes_per_token(shards):
             print(f"bits a byte {result['cross_entropy'] / math.log(2) / per_token:.4f}")
-        print(f"sparsity {sparsity:.4f}", *tgs.bars(result["gate_zero"]), sep="\n")
+        print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
         print(f"FLOPs a token: {result['flops_per_token']:.4g} realised, "
               f"{tgs.estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
         print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")

@@ -111,7 +111,7 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 0.0
         sides[row] = model, optimizers
-    shards, T = tgs.Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files"), cfg.max_seq_len
+    shards, T = tgs.Shards(cfg, "val"), cfg.max_seq_len
     places = tgs.sequences(shards, cfg)
     seconds = {row: ([], []) for row in rows}
     for i in range(rounds + 1):
