@@ -340,9 +340,10 @@ def main(argv=None) -> int:
         page.append("![validation loss against estimated FLOPs, measured time and sparsity](pareto.png)")
     if decided := tracks.gather(args.out / "frontier"):
         tracks.figure(decided, args.out / "frontier.png")
-        rows = tracks.table(decided)
-        text.append(aligned(rows))
-        page = ["![the frontier: validation loss against cost](frontier.png)", markdown(rows, {}), *page]
+        frontier, speedrun = tracks.table(decided), tracks.speedrun(decided)
+        text += [aligned(frontier), aligned(speedrun)]
+        page = ["![the frontier: validation loss against cost](frontier.png)", markdown(frontier, {}),
+                "The speedrun:", markdown(speedrun, {}), *page]
     for folder, caption, rows in benches:
         text.append(caption + ("\n" + aligned(rows) if rows else ""))
         page.append(caption.replace(folder.name, links.get(folder.name, folder.name)) +

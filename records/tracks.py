@@ -7,7 +7,11 @@
 A row is a setting, recorded once a seed under records/frontier; interrupted runs go on. All sides of a
 comparison are run seed by seed, on one thread: several may run at once, since losses do not depend on what
 else runs, and costs are not taken from these runs but from `time` and from exact FLOPs. `time` needs the
-weights, which git ignores: run it where the rows were run.
+weights of gated rows, which git ignores: rows whose weights are not there are left out.
+
+Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense models.
+*Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks reaches; rows of other
+numbers of steps belong to it alone.
 """
 import argparse
 import json
@@ -25,7 +29,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 FRONTIER = HERE / "frontier"
 BASE = ["--preset", "demo", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
-        "--log_every", "50", "--metrics_every", "5"]
+        "--log_every", "50", "--metrics_every", "5", "--compile"]
+TARGET = 1.432  # nats: dense_8, the mean of 4 seeds
 ROWS = {  # name: (what it is, flags)
     "dense_8": ("dense", ["--control", "dense"]),
     "gated_8_0.25": ("gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle",
@@ -73,6 +78,12 @@ def summary_of(record: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"interrupted": True}
 
 
+def relative(path: Path) -> str:
+    """As records show it: relative to the project where it lies inside."""
+    path = path.resolve()
+    return str(path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path)
+
+
 def run(rows: list[str], seeds: int, folder: Path) -> int:
     found, seconds = recorded(folder), []
     todo = [(row, seed) for seed in range(seeds) for row in rows
@@ -81,11 +92,11 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
         left = f", about {mean(seconds) * (len(todo) - i) / 60:.0f} minutes left" if seconds else ""
         print(f"tracks.py: {row}, seed {seed}: run {i + 1} of {len(todo)}{left}", flush=True)
         flags = [*BASE, *ROWS[row][1], "--seed", str(seed), "--name", f"{row}_seed{seed}", "--records_dir",
-                 str(folder)]
+                 relative(folder)]
         if (row, seed) in found:
-            flags = ["--resume", str(found[row, seed])]
+            flags = ["--resume", relative(found[row, seed])]
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, str(HERE.parent / "train_gpt_skip.py"), *flags],
+        done = subprocess.run([sys.executable, "train_gpt_skip.py", *flags], cwd=HERE.parent,
                               env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=subprocess.DEVNULL)
         if done.returncode:
             return done.returncode
@@ -96,25 +107,31 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
 # ---- timing -----------------------------------------------------------------------------------------------
 
 def measure(rows: list[str], rounds: int, folder: Path) -> int:
-    """Seconds of a forward pass and of a training step (forward, backward, optimizer) of each row's seed 0, on
-    the same validation text, in turn in this process: medians, and ratios to the dense model of 8 blocks."""
+    """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, of a seed of
+    each row whose weights are here (a dense row's may be new: its time does not depend on them), on the same
+    validation text, in turn in this process: medians, and ratios to the dense model of 8 blocks."""
     sys.path.insert(0, str(HERE.parent))
     import torch
     import train_gpt_skip as tgs
-    found, sides = recorded(folder), {}
+    found, sides, of = recorded(folder), {}, {}
     for row in rows:
-        cfg, weights = tgs.resolve(dict(init_from=str(found[row, 0])), (
-            *tgs.GATE_FIELDS, "optimizer", "val_files", "val_tokens", "batch_size", "device_batch_size"))
-        rt = tgs.Runtime(cfg)
-        model = tgs.build_model(cfg, rt, weights, str(found[row, 0]))
+        here = [path for (name, _), path in found.items() if name == row and (path / "model.safetensors").exists()]
+        record = (here or [path for (name, _), path in found.items() if name == row] or [None])[0]
+        if record is None or not here and "dense" not in row:
+            print(f"tracks.py: {row} is left out: no weights of it are here")
+            continue
+        given = {"config": str(record / "config.json")} | ({"init_from": str(record)} if here else {})
+        cfg, weights = tgs.resolve(given | {"compile": True}, tgs.GATE_FIELDS)
+        rt, of[row] = tgs.Runtime(cfg), record.name
+        model = tgs.build_model(cfg, rt, weights, str(record))
         optimizers = tgs.make_optimizers(model, cfg).values()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 0.0
         sides[row] = model, optimizers
     shards, T = tgs.Shards(cfg, "val"), cfg.max_seq_len
     places = tgs.sequences(shards, cfg)
-    seconds = {row: ([], []) for row in rows}
-    for i in range(rounds + 1):
+    seconds = {row: ([], []) for row in sides}
+    for i in range(rounds + 2):
         first = i * cfg.device_batch_size % (len(places) - cfg.device_batch_size)
         batch = torch.stack([shards.window(*place, T + 1)
                              for place in places[first:first + cfg.device_batch_size]])
@@ -133,10 +150,9 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
                 start = time.perf_counter()
                 what()
                 into.append(time.perf_counter() - start)
-    times = {row: dict(zip(("forward", "train"), (median(s[1:]) for s in both)))  # the first warm up
+    times = {row: dict(zip(("forward", "train"), (median(s[2:]) for s in both)))  # the first two compile
              for row, both in seconds.items()}
-    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "of": {
-        row: found[row, 0].name for row in rows}, "seconds": times}
+    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "of": of, "seconds": times}
     path = tgs.make_folder(folder, "times") / "times.json"
     tgs.write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
     for row, t in times.items():
@@ -149,7 +165,8 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
 
 COSTS = {  # of a row, as ratios to the dense model of 8 blocks
     "forward FLOPs": "FLOPs of a forward pass, realised", "training FLOPs": "FLOPs of training, realised",
-    "forward time": "time of a forward pass, measured", "training time": "time of a training step, measured"}
+    "forward time": "time of a forward pass, measured",
+    "training time": "time of training, measured (a step's, times the steps)"}
 
 
 def survival(t: float, df: float) -> float:
@@ -171,26 +188,26 @@ def gather(folder: Path) -> dict[str, dict]:
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
             row["losses"].append(s["cross_entropy"])
             row["records"].append(path.name)
-            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], date=path.name[:10],
+            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], date=path.name[:10], steps=s["step"],
                         line="Muon" if name.startswith("muon_") else "AdamW")
+            timed = seconds.get(name, {})
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
-                                ("training FLOPs", s["train_flops"]),
-                                ("forward time", seconds.get(name, {}).get("forward")),
-                                ("training time", seconds.get(name, {}).get("train"))):
+                                ("training FLOPs", s["train_flops"]), ("forward time", timed.get("forward")),
+                                ("training time", timed and timed["train"] * s["step"] or None)):
                 row["costs"].setdefault(cost, []).append(value)
     for row in rows.values():
         row["costs"] = {k: mean(v) for k, v in row["costs"].items() if None not in v}
-    unit = rows.get("dense_8", {"costs": {}})["costs"]
+    unit, steps = (rows.get("dense_8", {}).get(k, {}) for k in ("costs", "steps"))
     for row in rows.values():
         row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
-        row["mean"], row["n"] = mean(row["losses"]), len(row["losses"])
+        row["mean"], row["n"], row["full"] = mean(row["losses"]), len(row["losses"]), row["steps"] == steps
         row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
     return rows
 
 
 def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
     """The dense rows of an optimizer, the cheapest first."""
-    return sorted((r for r in rows.values() if r["dense"] and r["line"] == line and cost in r["costs"]),
+    return sorted((r for r in rows.values() if r["dense"] and r["full"] and r["line"] == line and cost in r["costs"]),
                   key=lambda r: r["costs"][cost])
 
 
@@ -226,14 +243,37 @@ def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
 
 
 def table(rows: dict[str, dict]) -> list[list[str]]:
-    """Headings, and a line a row, the best first."""
+    """The frontier: headings, and a line a row, the best first."""
     lines = [["row", "what", "seeds", "val. loss (nats)", *COSTS.values(),
               *(f"against the dense line by {c}" for c in COSTS), "date"]]
-    for r in sorted(rows.values(), key=lambda r: r["mean"]):
+    for r in sorted((r for r in rows.values() if r["full"]), key=lambda r: r["mean"]):
         lines.append([r["name"], ROWS.get(r["name"], (f"{r['n_layers']} blocks",))[0], str(r["n"]),
                       f"{r['mean']:.4f}" + f" ± {r['sd']:.4f}" * (r["n"] > 1),
                       *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in COSTS),
                       *(verdict(r, rows, c) for c in COSTS), r["date"]])
+    return lines
+
+
+def reaches(row: dict) -> str:
+    """Is the row's mean loss below TARGET? One-sided, by Student's t."""
+    difference = row["mean"] - TARGET
+    if row["n"] < 4:
+        return f"{difference:+.4f}: too few seeds"
+    p = survival(-difference / (row["sd"] / math.sqrt(row["n"])), row["n"] - 1)
+    return f"{difference:+.4f}, p {p:.2g}: {'reaches' if p < 0.01 else 'does not reach'}"
+
+
+def speedrun(rows: dict[str, dict]) -> list[list[str]]:
+    """The speedrun: headings, and a line for each row that comes near the target at less training FLOPs than
+    dense_8, the cheapest first."""
+    costs = "training FLOPs", "training time"
+    lines = [["row", "what", "steps", "seeds", "val. loss (nats)", *(COSTS[c] for c in costs),
+              f"against the target of {TARGET}", "date"]]
+    near = [r for r in rows.values() if r["mean"] < TARGET + 0.03 and r["costs"].get(costs[0], 9) <= 1]
+    for r in sorted(near, key=lambda r: r["costs"][costs[0]]):
+        lines.append([r["name"], ROWS.get(r["name"], (f"{r['n_layers']} blocks",))[0], str(r["steps"]), str(r["n"]),
+                      f"{r['mean']:.4f}" + f" ± {r['sd']:.4f}" * (r["n"] > 1),
+                      *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in costs), reaches(r), r["date"]])
     return lines
 
 
@@ -242,6 +282,7 @@ def figure(rows: dict[str, dict], path: Path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    rows = {name: r for name, r in rows.items() if r["full"]}
     costs = [c for c in COSTS if any(c in r["costs"] for r in rows.values() if not r["dense"])]
     fig, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs), 4.2), sharey=True, squeeze=False,
                              layout="constrained")
@@ -278,8 +319,6 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.what == "run":
         return run(args.rows, args.seeds, args.records_dir)
-    if missing := [row for row in args.rows if (row, 0) not in recorded(args.records_dir)]:
-        parser.error(f"row {missing[0]} has no record of seed 0 in {args.records_dir}: run it first")
     return measure(args.rows, args.rounds, args.records_dir)
 
 
