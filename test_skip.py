@@ -471,6 +471,18 @@ def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(mon
     assert counters["stats"]["unique_graphs"] == after_warm_up and len({-(-n // tgs.ROWS) for n in seen}) > 2
 
 
+def test_a_compiled_run_has_all_its_graphs_before_the_first_step_although_no_gate_is_closed_yet(
+        tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(tgs, "compiled", functools.cache(tgs.compiled.__wrapped__))
+    argv = flags(corpus, tmp_path, num_steps=16, lr=0.05, mean_coef_init=20.0, coef_update=0.0)
+    assert tgs.main([*argv, "--compile"]) == 0
+    record = only_record(tmp_path)
+    closed = [max(e["gate_zero"]) for e in events(record, "train")]
+    assert closed[0] < 0.05 and max(closed) > 0.2
+    assert json.loads((record / "summary.json").read_text())["recompiles_after_warm_up"] == 0
+
+
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -1427,15 +1427,13 @@ class Trainer:
         """Compile before the clock starts: a training micro-batch and a validation one, as they come and with
         gates that close. Seconds."""
         start, batch = time.perf_counter(), [t.to(self.rt.device) for t in self.loader.pending.result()]
-        biases = [router.linear.bias for router in self.model.masks]
-        for shift in (0.0, 1.0) if biases else (0.0,):
-            was = [b.detach().clone() for b in biases]
-            with torch.no_grad():
-                [b.add_(shift) for b in biases]
-            self.micro_step(*batch)
+        biases = [(r.linear.bias, r.linear.bias.detach().clone()) for r in self.model.masks]
+        for shift in (1.0, 0.0):
             with self.rt.autocast(), torch.no_grad():
+                for bias, was in biases:
+                    bias.copy_(was + shift)
                 self.model(*batch)
-                [b.copy_(w) for b, w in zip(biases, was)]
+            self.micro_step(*batch)
         self.model.zero_grad(set_to_none=True)
         self.rt.synchronize()
         return time.perf_counter() - start
