@@ -355,7 +355,8 @@ def gather(h: Tensor, S: Tensor, g: Tensor, layout: Layout, keep: Tensor, rope: 
            rows: int) -> tuple[Tensor, Tensor, Tensor, Layout]:
     """The tokens `keep` (n,) of h (n, d), S and g, padded, and their layout: in one graph, since the host has
     just waited for `keep` and the device with it."""
-    at, S, g = padded(keep, rows, 0), padded(S[keep], rows, 1.0), padded(g[keep], rows, 0.0)
+    at, token = padded(keep, rows, 0), torch.arange(rows, device=h.device) < len(keep)
+    S, g = torch.where(token, S[at], 1.0), torch.where(token, g[at], 0.0)
     return h.index_select(0, at), S, g, make_layout(
         layout.seq[keep], layout.pos[keep], layout.row[keep], len(layout.counts) - 1, rope, rows,
         layout.tables is not None)

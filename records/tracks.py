@@ -53,12 +53,24 @@ ROWS = {  # name: (what it is, flags)
                      ["--control", "dense", "--n_layers", "2", "--optimizer", "muon"]),
     "muon_random_8_0.25": ("random_8_0.25 with Muon for the blocks' matrices",
                            ["--control", "random", "--mean_target_end", "0.25", "--optimizer", "muon"]),
+    "muon_gated_8_0.25_gamma0.003": ("muon_gated_8_0.25 with a tenth of the coefficient update",
+                                     ["--mean_target_end", "0.25", "--coef_update", "0.003", "--optimizer", "muon"]),
+    "muon_gated_8_0.125_gamma0.003": ("the same, with an eighth of the tokens in the middle",
+                                      ["--mean_target_end", "0.125", "--coef_update", "0.003", "--optimizer", "muon"]),
     "muon_gated_12_0.25": ("muon_gated_8_0.25 with 12 blocks",
                            ["--n_layers", "12", "--mean_target_end", "0.25", "--optimizer", "muon"]),
     "muon_gated_8_0.5": ("muon_gated_8_0.25 with half of the tokens in the middle",
                          ["--mean_target_end", "0.5", "--optimizer", "muon"]),
     "muon_gated_8_0.125": ("muon_gated_8_0.25 with an eighth of the tokens in the middle",
                            ["--mean_target_end", "0.125", "--optimizer", "muon"]),
+}
+TRIED = {  # rows of settings that were no gain and are no flag: the script in their record has them
+    "muon_prop_w0.5": "muon_gated_8_0.25, its targets falling from 1 over the first half, a third of the coefficient "
+                      "update (ends with few gates at 0)",
+    "muon_bias_w0.5": "the same targets, met by moving the routers' biases instead of a gate loss (collapses at the end)",
+    "muon_quantile_w0.5": "the same targets, a running quantile of the scores as threshold, gates linear over a quarter "
+                          "of the open tokens",
+    "muon_quantile_w0.1": "the same, targets falling over the first tenth",
 }
 
 
@@ -233,6 +245,10 @@ def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, fl
     return None
 
 
+def what(name: str) -> str:
+    return ROWS[name][0] if name in ROWS else TRIED.get(name, "-")
+
+
 def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
     if row["dense"] or (found := against_line(row, rows, cost)) is None:
         return "-"
@@ -247,7 +263,7 @@ def table(rows: dict[str, dict]) -> list[list[str]]:
     lines = [["row", "what", "seeds", "val. loss (nats)", *COSTS.values(),
               *(f"against the dense line by {c}" for c in COSTS), "date"]]
     for r in sorted((r for r in rows.values() if r["full"]), key=lambda r: r["mean"]):
-        lines.append([r["name"], ROWS.get(r["name"], (f"{r['n_layers']} blocks",))[0], str(r["n"]),
+        lines.append([r["name"], what(r["name"]), str(r["n"]),
                       f"{r['mean']:.4f}" + f" ± {r['sd']:.4f}" * (r["n"] > 1),
                       *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in COSTS),
                       *(verdict(r, rows, c) for c in COSTS), r["date"]])
@@ -271,7 +287,7 @@ def speedrun(rows: dict[str, dict]) -> list[list[str]]:
               f"against the target of {TARGET}", "date"]]
     near = [r for r in rows.values() if r["mean"] < TARGET + 0.03 and r["costs"].get(costs[0], 9) <= 1]
     for r in sorted(near, key=lambda r: r["costs"][costs[0]]):
-        lines.append([r["name"], ROWS.get(r["name"], (f"{r['n_layers']} blocks",))[0], str(r["steps"]), str(r["n"]),
+        lines.append([r["name"], what(r["name"]), str(r["steps"]), str(r["n"]),
                       f"{r['mean']:.4f}" + f" ± {r['sd']:.4f}" * (r["n"] > 1),
                       *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in costs), reaches(r), r["date"]])
     return lines
