@@ -411,7 +411,7 @@ def block_mask(start: Tensor, *tables: Tensor) -> BlockMask:
     def causal_same_sequence(b, h, q, k):
         return (q >= k) & (k >= start[q])
 
-    return BlockMask((len(start), len(start)), *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
+    return BlockMask((len(start),) * 2, *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
 
 
 def log_gate(g: Tensor) -> Tensor:
@@ -431,8 +431,8 @@ def attention_kernel(layout: Layout):
 
 def carried(q: Tensor, k: Tensor, ln_g: Tensor) -> tuple[Tensor, Tensor]:
     """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
-    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, where
-    FlexAttention would sum that of a captured tensor by an atomic addition for every pair."""
+    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's;
+    that of a captured tensor FlexAttention sums by an atomic addition for every pair."""
     unit = 2.0 ** round(math.log2(q.shape[-1]) / 2)  # near sqrt(head_dim), and exact
     value = ln_g * (math.sqrt(q.shape[-1]) / unit)
     high = value.detach().to(k.dtype)
@@ -647,7 +647,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         (L/2, 4). To depth (B, T), where it is given, the number of blocks that each token ran is added."""
         B, T = inputs.shape
         each = torch.arange(B * T, device=inputs.device)
-        h, stats = self.hidden(inputs.flatten(), each // T, each % T, B, None if depth is None else depth.view(-1))
+        depth = None if depth is None else depth.view(-1)
+        h, stats = self.hidden(inputs.flatten(), each // T, each % T, B, depth)
         autocast = torch.is_autocast_enabled(h.device.type)
         dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
@@ -683,8 +684,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         keep = None if self.cfg.compute == "masked" else g.nonzero()[:, 0]  # a level's one wait for the host
         if keep is None or len(keep) == len(layout.seq):
             x, keep = h, None
-        elif len(keep) == 0 and cache is not None:  # (in training blocks run on nothing: each needs a gradient)
-            return h
+        elif len(keep) == 0 and cache is not None:
+            return h  # (in training blocks run on nothing: each needs a gradient)
         else:
             rows = padded_rows(len(keep), layout.tables is not None)
             x, S, g, layout = self.lowered(keep, cache)(gather)(h, S, g, layout, keep, (self.cos, self.sin),
@@ -713,7 +714,7 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         return lower(Block.after)(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
 
     def lowered(self, rows: Tensor, cache):
-        """In training 0 and 1 rows, rare, would be graphs of their own; in decoding 1 row is what there is."""
+        """0 and 1 rows would be graphs of their own: rare in training; in decoding 1 row is what there is."""
         return eager if cache is None and len(rows) < 2 else self.lower
 
     def _save_pretrained(self, save_directory: Path):

@@ -25,8 +25,8 @@ DEVICES = {  # data sheets: dense bfloat16 FLOP/s, bytes/s, NVLink bytes/s in on
 NETWORK = 50e9  # bytes/s of a machine's 400 Gb/s network
 SHARES = {"products": 0.65, "attention": 0.35, "memory": 0.8, "network": 0.8}  # assumed, of the above
 LAUNCH_S, WAIT_S = 4e-6, 100e-6  # assumed: host time of a launch; device idle at each wait for the host
-# Launches, forward and backward, as torch 2.13 lowers them for sm_90: of a bfloat16 block, of what a level does
-# beside its blocks (router, gather and tables, sums, put back), and of the rest.
+# Launches, forward and backward, as torch 2.13 lowers them for sm_90: of a bfloat16 block, of what a level
+# does beside its blocks (router, gather and tables, sums, put back), and of the rest.
 LAUNCHES_BLOCK, LAUNCHES_LEVEL, LAUNCHES_REST = 56, 43, 60
 
 
@@ -42,8 +42,9 @@ def counts(cfg: tgs.Config, sparsity: float = 0.0) -> dict:
     weights = d * (2 * d + 2 * kv + 3 * m)
     parameters = L * (weights + (4 if cfg.norm == "sandwich" else 2) * d) + 2 * V * d + 2 * d
     parameters += cfg.n_routers * (d + 1)
-    carry = 16 * (d + kv) // D if cfg.gated and cfg.gate_attention == "keys" else 0  # ln g, as columns of q, k
-    # bytes a row: norms with their sums, rotary embedding (q, k; cos, sin), SwiGLU; kept for backward
+    # bytes a row: norms with their sums, rotary embedding (q, k; cos, sin), SwiGLU, ln g as columns of q and
+    # k; kept for backward
+    carry = 16 * (d + kv) // D if cfg.gated and cfg.gate_attention == "keys" else 0
     forward = 28 * d + 4 * (d + kv) + 4 * D + 6 * m + carry
     backward = 56 * d + 4 * (d + kv) + 4 * D + 10 * m + carry
     saved = 20 * d + 4 * kv + 6 * m
@@ -51,7 +52,7 @@ def counts(cfg: tgs.Config, sparsity: float = 0.0) -> dict:
         "parameters": parameters, "model_flops": 3 * tgs.realised_flops(
             cfg, [[0, 0, rows, cfg.device_batch_size * length * (length + 1) / 2]] * cfg.n_levels, n),
         "products": 6.0 * L * rows * weights, "head": 6.0 * n * d * V,
-        # 2 products of 2 d FLOPs a pair forward, 5 backward; a quarter more where q and k have further columns
+        # 2 products of 2 d FLOPs a pair forward, 5 backward; a quarter more with further columns of q and k
         "attention": 14.0 * L * d * pairs * (1.25 if carry else 1.0),
         "pointwise": L * rows * float(forward + backward), "head_bytes": n * (6.0 * V + 36.0 * d),
         "gather": 0.0 if sparsity == 0 else 24.0 * rows * d,  # rows out and back, forward and backward

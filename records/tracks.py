@@ -9,9 +9,9 @@ comparison are run seed by seed, on one thread: several may run at once, since l
 else runs, and costs are not taken from these runs but from `time` and from exact FLOPs. `time` needs the
 weights of gated rows, which git ignores: rows whose weights are not there are left out.
 
-Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense models.
-*Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks reaches; rows of other
-numbers of steps belong to it alone.
+Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense
+models. *Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks reaches; rows of
+other numbers of steps belong to it alone.
 """
 import argparse
 import json
@@ -31,48 +31,36 @@ FRONTIER = HERE / "frontier"
 BASE = ["--preset", "demo", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
         "--log_every", "50", "--metrics_every", "5", "--compile"]
 TARGET = 1.432  # nats: dense_8, the mean of 4 seeds
+DENSE, GATED = "dense", "gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle"
 ROWS = {  # name: (what it is, flags)
-    "dense_8": ("dense", ["--control", "dense"]),
-    "gated_8_0.25": ("gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle",
-                     ["--mean_target_end", "0.25"]),
-    "dense_4": ("dense", ["--control", "dense", "--n_layers", "4"]),
-    "dense_6": ("dense", ["--control", "dense", "--n_layers", "6"]),
-    "dense_2": ("dense", ["--control", "dense", "--n_layers", "2"]),
+    "dense_8": (DENSE, "--control dense"),
+    "gated_8_0.25": (GATED, "--mean_target_end 0.25"),
+    "dense_4": (DENSE, "--control dense --n_layers 4"),
+    "dense_6": (DENSE, "--control dense --n_layers 6"),
+    "dense_2": (DENSE, "--control dense --n_layers 2"),
     "gated_8_0.25_gamma0.003": ("the same with a tenth of the coefficient update",
-                                ["--mean_target_end", "0.25", "--coef_update", "0.003"]),
+                                "--mean_target_end 0.25 --coef_update 0.003"),
     "random_8_0.25": ("the same targets met by a coin instead of a router",
-                      ["--control", "random", "--mean_target_end", "0.25"]),
-    "muon_dense_8": ("dense, Muon for the blocks' matrices", ["--control", "dense", "--optimizer", "muon"]),
-    "muon_gated_8_0.25": ("gated_8_0.25 with Muon for the blocks' matrices",
-                          ["--mean_target_end", "0.25", "--optimizer", "muon"]),
-    "muon_dense_4": ("dense, Muon for the blocks' matrices",
-                     ["--control", "dense", "--n_layers", "4", "--optimizer", "muon"]),
-    "muon_dense_6": ("dense, Muon for the blocks' matrices",
-                     ["--control", "dense", "--n_layers", "6", "--optimizer", "muon"]),
-    "muon_dense_2": ("dense, Muon for the blocks' matrices",
-                     ["--control", "dense", "--n_layers", "2", "--optimizer", "muon"]),
-    "muon_random_8_0.25": ("random_8_0.25 with Muon for the blocks' matrices",
-                           ["--control", "random", "--mean_target_end", "0.25", "--optimizer", "muon"]),
-    "muon_gated_8_0.25_gamma0.003": ("muon_gated_8_0.25 with a tenth of the coefficient update",
-                                     ["--mean_target_end", "0.25", "--coef_update", "0.003", "--optimizer", "muon"]),
-    "muon_gated_8_0.125_gamma0.003": ("the same, with an eighth of the tokens in the middle",
-                                      ["--mean_target_end", "0.125", "--coef_update", "0.003", "--optimizer", "muon"]),
-    "muon_gated_12_0.25": ("muon_gated_8_0.25 with 12 blocks",
-                           ["--n_layers", "12", "--mean_target_end", "0.25", "--optimizer", "muon"]),
-    "muon_gated_8_0.5": ("muon_gated_8_0.25 with half of the tokens in the middle",
-                         ["--mean_target_end", "0.5", "--optimizer", "muon"]),
-    "muon_gated_8_0.125": ("muon_gated_8_0.25 with an eighth of the tokens in the middle",
-                           ["--mean_target_end", "0.125", "--optimizer", "muon"]),
+                      "--control random --mean_target_end 0.25"),
 }
-TRIED = {  # rows of settings that were no gain and are no flag: the script in their record has them
-    "muon_prop_w0.5": "muon_gated_8_0.25, its targets falling from 1 over the first half, a third of the coefficient "
-                      "update (ends with few gates at 0)",
-    "muon_bias_w0.5": "the same targets, met by moving the routers' biases instead of a gate loss (collapses at the end)",
-    "muon_quantile_w0.5": "the same targets, a running quantile of the scores as threshold, gates linear over a quarter "
-                          "of the open tokens",
-    "muon_quantile_w0.1": "the same, targets falling over the first tenth",
+MUON = {  # the same with Muon for the blocks' matrices, and more of them
+    **ROWS,
+    "gated_8_0.5": ("half of the tokens in the middle", "--mean_target_end 0.5"),
+    "gated_8_0.125": ("an eighth of the tokens in the middle", "--mean_target_end 0.125"),
+    "gated_8_0.125_gamma0.003": ("an eighth of the tokens in the middle, a tenth of the coefficient update",
+                                 "--mean_target_end 0.125 --coef_update 0.003"),
+    "gated_12_0.25": ("12 blocks, a quarter in the middle", "--n_layers 12 --mean_target_end 0.25"),
 }
-
+ROWS |= {f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon")
+         for name, (it_is, flags) in MUON.items()}
+TRIED = {  # settings that were no gain and are no flag: the script in their record has them
+    "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
+                      "third of the coefficient update (few gates reach 0)",
+    "muon_bias_w0.5": "Muon: the same targets, met by moving the routers' biases instead of by a gate loss",
+    "muon_quantile_w0.5": "Muon: the same targets, a running quantile of the scores as threshold, gates "
+                          "linear over a quarter of the open tokens",
+    "muon_quantile_w0.1": "Muon: the same, targets falling over the first tenth",
+}
 
 # ---- running ----------------------------------------------------------------------------------------------
 
@@ -103,8 +91,8 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
     for i, (row, seed) in enumerate(todo):
         left = f", about {mean(seconds) * (len(todo) - i) / 60:.0f} minutes left" if seconds else ""
         print(f"tracks.py: {row}, seed {seed}: run {i + 1} of {len(todo)}{left}", flush=True)
-        flags = [*BASE, *ROWS[row][1], "--seed", str(seed), "--name", f"{row}_seed{seed}", "--records_dir",
-                 relative(folder)]
+        flags = [*BASE, *ROWS[row][1].split(), "--seed", str(seed), "--name", f"{row}_seed{seed}",
+                 "--records_dir", relative(folder)]
         if (row, seed) in found:
             flags = ["--resume", relative(found[row, seed])]
         start = time.perf_counter()
@@ -127,11 +115,12 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
     import train_gpt_skip as tgs
     found, sides, of = recorded(folder), {}, {}
     for row in rows:
-        here = [path for (name, _), path in found.items() if name == row and (path / "model.safetensors").exists()]
-        record = (here or [path for (name, _), path in found.items() if name == row] or [None])[0]
-        if record is None or not here and "dense" not in row:
+        seeds = [path for (name, _), path in found.items() if name == row]
+        here = [path for path in seeds if (path / "model.safetensors").exists()]
+        if not (here or seeds and "dense" in row):
             print(f"tracks.py: {row} is left out: no weights of it are here")
             continue
+        record = (here or seeds)[0]
         given = {"config": str(record / "config.json")} | ({"init_from": str(record)} if here else {})
         cfg, weights = tgs.resolve(given | {"compile": True}, tgs.GATE_FIELDS)
         rt, of[row] = tgs.Runtime(cfg), record.name
@@ -200,17 +189,19 @@ def gather(folder: Path) -> dict[str, dict]:
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
             row["losses"].append(s["cross_entropy"])
             row["records"].append(path.name)
-            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], date=path.name[:10], steps=s["step"],
-                        line="Muon" if name.startswith("muon_") else "AdamW")
+            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], steps=s["step"],
+                        date=path.name[:10], line="Muon" if name.startswith("muon_") else "AdamW")
             timed = seconds.get(name, {})
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]), ("forward time", timed.get("forward")),
                                 ("training time", timed and timed["train"] * s["step"] or None)):
                 row["costs"].setdefault(cost, []).append(value)
     for row in rows.values():
-        row["costs"] = {k: mean(v) for k, v in row["costs"].items() if None not in v}
+        row["each"] = {k: v for k, v in row["costs"].items() if None not in v}  # seed by seed
+        row["costs"] = {k: mean(v) for k, v in row["each"].items()}
     unit, steps = (rows.get("dense_8", {}).get(k, {}) for k in ("costs", "steps"))
     for row in rows.values():
+        row["each"] = {k: [x / unit[k] for x in v] for k, v in row["each"].items() if k in unit}
         row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
         row["mean"], row["n"], row["full"] = mean(row["losses"]), len(row["losses"]), row["steps"] == steps
         row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
@@ -219,30 +210,40 @@ def gather(folder: Path) -> dict[str, dict]:
 
 def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
     """The dense rows of an optimizer, the cheapest first."""
-    return sorted((r for r in rows.values() if r["dense"] and r["full"] and r["line"] == line and cost in r["costs"]),
-                  key=lambda r: r["costs"][cost])
+    found = [r for r in rows.values() if r["dense"] and r["full"] and r["line"] == line]
+    return sorted((r for r in found if cost in r["costs"]), key=lambda r: r["costs"][cost])
 
 
-def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
-    """(difference, p, least seeds of a side) of a row to the line through its dense neighbours, of the same
-    optimizer, at the same cost; p, one-sided, that it lies as far below by chance. Welch's t; the line's
-    value at share w between neighbours a and b has the variance (1 - w)^2 var_a / n_a + w^2 var_b / n_b. None
-    outside their range."""
-    dense = dense_line(rows, row["line"], cost)
-    x = row["costs"].get(cost, math.nan)
+def shares(x: float, dense: list[dict], cost: str) -> dict[str, float] | None:
+    """The line through the dense rows at cost x, as their weights in it by name; None beyond their range."""
     for a, b in zip(dense, dense[1:]):
         low, high = a["costs"][cost], b["costs"][cost]
         if low <= x <= high:
             w = (x - low) / (high - low)
-            parts = [(row, 1.0), (a, 1 - w), (b, w)]
-            variance = [k * k * r["sd"] ** 2 / r["n"] for r, k in parts]
-            difference = row["mean"] - (1 - w) * a["mean"] - w * b["mean"]
-            seeds = min(r["n"] for r, _ in parts)
-            if seeds < 2:
-                return difference, math.nan, seeds
-            df = sum(variance) ** 2 / sum(v * v / (r["n"] - 1) for v, (r, _) in zip(variance, parts))
-            return difference, survival(-difference / math.sqrt(sum(variance)), df), seeds
+            return {a["name"]: 1 - w, b["name"]: w}
     return None
+
+
+def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
+    """(difference, p, least seeds of a side) of a row to the line through the dense rows of its optimizer,
+    each seed at its own cost; p, one-sided, that the row lies as far below by chance. Welch's t: to the
+    variance of the mean difference comes that of the line, the sum over dense rows of weight^2 variance /
+    seeds. None outside the line's range."""
+    dense = dense_line(rows, row["line"], cost)
+    lines = [shares(x, dense, cost) for x in row["each"].get(cost, [])]
+    if not lines or None in lines:
+        return None
+    differences = [loss - sum(w * rows[name]["mean"] for name, w in line.items())
+                   for loss, line in zip(row["losses"], lines)]
+    weights = {r["name"]: mean(line.get(r["name"], 0.0) for line in lines) for r in dense}
+    sides = [(1.0, stdev(differences) if row["n"] > 1 else math.nan, row["n"])]
+    sides += [(weights[r["name"]], r["sd"], r["n"]) for r in dense if weights[r["name"]] > 0]
+    seeds = min(n for _, _, n in sides)
+    if seeds < 2:
+        return mean(differences), math.nan, seeds
+    variance = [w * w * sd * sd / n for w, sd, n in sides]
+    df = sum(variance) ** 2 / sum(v * v / (n - 1) for v, (_, _, n) in zip(variance, sides))
+    return mean(differences), survival(-mean(differences) / math.sqrt(sum(variance)), df), seeds
 
 
 def what(name: str) -> str:
@@ -289,7 +290,8 @@ def speedrun(rows: dict[str, dict]) -> list[list[str]]:
     for r in sorted(near, key=lambda r: r["costs"][costs[0]]):
         lines.append([r["name"], what(r["name"]), str(r["steps"]), str(r["n"]),
                       f"{r['mean']:.4f}" + f" ± {r['sd']:.4f}" * (r["n"] > 1),
-                      *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in costs), reaches(r), r["date"]])
+                      *(f"{r['costs'][c]:.3f}" if c in r["costs"] else "-" for c in costs), reaches(r),
+                      r["date"]])
     return lines
 
 
