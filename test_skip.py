@@ -471,6 +471,25 @@ def test_flex_attention_keeps_one_graph_as_layouts_and_captured_gates_change(mon
     assert counters["stats"]["unique_graphs"] == after_warm_up and len({-(-n // tgs.ROWS) for n in seen}) > 2
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_no_number_of_active_tokens_adds_a_graph_on_the_padded_path_also_where_they_fill_their_blocks(
+        monkeypatch):
+    from torch._dynamo.utils import counters
+    monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model, cfg = random_model(10, n_layers=2, max_seq_len=256)
+    model.lower, inputs, graphs = functools.cache(tgs.compiled.__wrapped__), random_tokens(cfg, 2, 256), []
+    for active in (300, 256, 384, 511, 129, 512, 2):
+        def first(h, S, l, cache):
+            return S, (torch.arange(len(S)) < active).float()
+
+        monkeypatch.setattr(model, "gates", first)
+        with torch.no_grad():
+            assert model(*inputs)[1][0, 2] == active
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]
+
+
 def test_a_compiled_run_has_all_its_graphs_before_the_first_step_although_no_gate_is_closed_yet(
         tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -2650,7 +2669,8 @@ def test_the_plans_flops_and_parameters_are_those_that_torch_counts(kw):
     assert counts["products"] + counts["head"] == pytest.approx(products, abs=2 * routers)
     exact = 12 * cfg.n_layers * cfg.dim * 2 * 256 * 257 / 2
     assert counts["model_flops"] == pytest.approx(products + exact, abs=2 * routers)
-    assert plan.counts(cfg.dense())["attention"] == 14 * cfg.n_layers * cfg.dim * 2 * 3 * 128**2  # 3 of 4 blocks
+    whole = 14 * cfg.n_layers * cfg.dim * 2 * 3 * 128**2  # 3 of 4 blocks
+    assert plan.counts(cfg.dense())["attention"] == whole and counts["attention"] == whole * (11 / 7 if cfg.gated else 1)
 
 
 def test_the_plans_bytes_are_those_that_inductor_counts_of_a_blocks_kernels(monkeypatch):

@@ -63,7 +63,7 @@ def flag(default, text, *choices, allow="above 0"):
     return dataclasses.field(default=default, metadata=dict(help=text, choices=choices or None, allow=allow))
 
 
-share = functools.partial(flag, allow="between 0 and 1")
+fraction = functools.partial(flag, allow="between 0 and 1")
 
 
 @dataclass
@@ -86,8 +86,8 @@ class Config:
     compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
     control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
-    mean_target_start: float = share(1.0, "target mean gate of the first block, 0 to 1")
-    mean_target_end: float = share(0.5, "target mean gate of the middle blocks, 0 to 1")
+    mean_target_start: float = fraction(1.0, "target mean gate of the first block, 0 to 1")
+    mean_target_end: float = fraction(0.5, "target mean gate of the middle blocks, 0 to 1")
     mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)", allow="any")
     var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
     coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
@@ -105,13 +105,13 @@ class Config:
     # optimizer and schedule (linear warm-up, cosine decay)
     optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
-    beta1: float = share(0.8, "decay of AdamW's first moment")
-    beta2: float = share(0.95, "decay of AdamW's second moment")
+    beta1: float = fraction(0.8, "decay of AdamW's first moment")
+    beta2: float = fraction(0.95, "decay of AdamW's second moment")
     eps: float = flag(1e-10, "AdamW epsilon")
     weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
     num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
-    warmup_fraction: float = share(0.1, "share of the steps that warms up")
+    warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
@@ -325,7 +325,7 @@ QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
 
 class Layout(NamedTuple):
-    """Which tokens the rows of a packed tensor are. Sequences are contiguous, positions ascend. Where a GPU
+    """Which tokens the rows of a packed tensor are: sequences ascend, positions in each too. Where a GPU
     computes, further rows pad them to `padded_rows`: a sequence of their own, which nobody sees."""
     seq: Tensor  # (n,) sequence of each token
     pos: Tensor  # (n,) its position there
@@ -431,8 +431,9 @@ def attention_kernel(layout: Layout):
 
 def carried(q: Tensor, k: Tensor, ln_g: Tensor) -> tuple[Tensor, Tensor]:
     """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
-    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's;
-    that of a captured tensor FlexAttention sums by an atomic addition for every pair."""
+    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, and
+    not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72 columns
+    to 128: on paper 4 ms of an 80 ms micro-batch of Table 2, where those additions take 5 or more.)"""
     unit = 2.0 ** round(math.log2(q.shape[-1]) / 2)  # near sqrt(head_dim), and exact
     value = ln_g * (math.sqrt(q.shape[-1]) / unit)
     high = value.detach().to(k.dtype)
@@ -446,12 +447,17 @@ def attend_flex(q, k, v, ln_g, layout):
         q, k = carried(q, k, ln_g)
     assert len(q) == len(k) and len(q) % ROWS == 0  # `padded_rows`: what IS_DIVISIBLE promises
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
-    # On 4 warps, the default, the forward kernel spills 576 bytes a thread for sm_90; on 8, divisible, none.
-    options = dict(IS_DIVISIBLE=True, fwd_num_warps=8)
     out = flex_lower(q.device)(flex_attention)(
         *heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
-        enable_gqa=k.shape[1] != q.shape[1], kernel_options=options)
+        enable_gqa=k.shape[1] != q.shape[1], kernel_options=flex_options(q.shape[-1]))
     return out[0].transpose(0, 1)
+
+
+def flex_options(width: int) -> dict:
+    """For sm_90: on 4 warps, the default, the forward kernel spills 576 bytes a thread; on 8, divisible,
+    none. FlexAttention has no tile for 72 columns, so they get that of 128."""
+    tile = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if 64 < width <= 128 else {}
+    return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tile
 
 
 def flex_lower(device: torch.device):
@@ -687,7 +693,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         elif len(keep) == 0 and cache is not None:
             return h  # (in training blocks run on nothing: each needs a gradient)
         else:
-            rows = padded_rows(len(keep), layout.tables is not None)
+            flex = layout.tables is not None
+            rows = padded_rows(len(keep) + flex, flex)  # with and without padding would be two graphs
             x, S, g, layout = self.lowered(keep, cache)(gather)(h, S, g, layout, keep, (self.cos, self.sin),
                                                                 rows)
         x = self.block(l, x, g, layout, cache)
