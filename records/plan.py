@@ -27,7 +27,7 @@ SHARES = {"products": 0.65, "attention": 0.35, "memory": 0.8, "network": 0.8}  #
 LAUNCH_S, WAIT_S = 4e-6, 100e-6  # assumed: host time of a launch; device idle at each wait for the host
 # Launches, forward and backward, as torch 2.13 lowers them for sm_90: of a bfloat16 block, of what a level
 # does beside its blocks (router, gather and tables, sums, put back), and of the rest.
-LAUNCHES_BLOCK, LAUNCHES_LEVEL, LAUNCHES_REST = 56, 43, 60
+LAUNCHES_BLOCK, LAUNCHES_LEVEL, LAUNCHES_REST = 52, 45, 60
 
 
 def counts(cfg: tgs.Config, sparsity: float = 0.0) -> dict:

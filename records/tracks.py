@@ -28,8 +28,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 FRONTIER = HERE / "frontier"
-BASE = ["--preset", "demo", "--optimizer", "adamw", "--val_tokens", "262144", "--val_every", "250",
-        "--save_every", "1000", "--log_every", "50", "--metrics_every", "5", "--compile"]
+BASE = ["--preset", "demo", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
+        "--log_every", "50", "--metrics_every", "5", "--compile"]
 TARGET = 1.432  # nats, a fixed threshold: the mean of dense_8
 DENSE, GATED = "dense", "gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle"
 ROWS = {  # name: (what it is, flags)
@@ -122,8 +122,8 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
             print(f"tracks.py: {row} is left out: no weights of it are here")
             continue
         record = (here or seeds)[0]
-        given = {"config": str(record / "config.json")} | ({"init_from": str(record)} if here else {})
-        cfg, weights = tgs.resolve(given | {"compile": True}, tgs.GATE_FIELDS)
+        _, given = tgs.parse_settings(tgs.Parser(), [*BASE, *ROWS[row][1].split()])
+        cfg, weights = tgs.resolve(given | ({"init_from": str(record)} if here else {}), tgs.GATE_FIELDS)
         rt, of[row] = tgs.Runtime(cfg), record.name
         model = tgs.build_model(cfg, rt, weights, str(record))
         optimizers = tgs.make_optimizers(model, cfg).values()
@@ -187,8 +187,10 @@ def survival(t: float, df: float) -> float:
 
 def gather(folder: Path) -> dict[str, dict]:
     """Rows by name: losses of the finished seeds, mean costs, blocks, control, date."""
-    rows, times = {}, sorted(folder.glob("*_times/times.json"))
-    seconds = json.loads(times[-1].read_text())["seconds"] if times else {}
+    rows, times = {}, {}  # of a row the newest times, in units of dense_8's of the same record
+    for path in sorted(folder.glob("*_times/times.json")):
+        seconds = json.loads(path.read_text())["seconds"]
+        times |= {name: {k: t[k] / seconds["dense_8"][k] for k in t} for name, t in seconds.items()}
     for (name, seed), path in sorted(recorded(folder).items()):
         if not (s := summary_of(path))["interrupted"]:
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
@@ -196,7 +198,7 @@ def gather(folder: Path) -> dict[str, dict]:
             row["records"].append(path.name)
             row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], steps=s["step"],
                         date=path.name[:10], line="Muon" if name.startswith("muon_") else "AdamW")
-            timed = seconds.get(name, {})
+            timed = times.get(name, {})
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]), ("forward time", timed.get("forward")),
                                 ("training time", timed and timed["train"] * s["step"] or None)):
