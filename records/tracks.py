@@ -304,33 +304,39 @@ def speedrun(rows: dict[str, dict]) -> list[list[str]]:
 
 
 def figure(rows: dict[str, dict], path: Path):
-    """Loss against each cost: the dense line, and the others beside it, with standard deviations."""
+    """Loss against each cost: the dense lines, and the others beside them, with standard deviations; rows
+    above the worst dense model are left to the table."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = {name: r for name, r in rows.items() if r["full"]}
-    costs = [c for c in COSTS if any(c in r["costs"] for r in rows.values() if not r["dense"])]
-    fig, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs), 4.2), sharey=True, squeeze=False,
-                             layout="constrained")
-    for ax, cost in zip(axes[0], costs):
-        for line, color in zip(sorted({r["line"] for r in rows.values()}), ("0.35", "C0")):
-            dense = dense_line(rows, line, cost)
-            ax.errorbar([r["costs"][cost] for r in dense], [r["mean"] for r in dense],
-                        [r["sd"] for r in dense], fmt="s-", color=color, ms=5, lw=1, capsize=3,
-                        label=f"dense, {line}, blocks labelled")
-            for r in dense:
-                ax.annotate(str(r["n_layers"]), (r["costs"][cost], r["mean"]), (7, 4),
+    dense, others = ([r for r in rows.values() if r["dense"] == is_dense] for is_dense in (True, False))
+    if dense:
+        others = [r for r in others if r["mean"] <= max(d["mean"] for d in dense)]
+    costs = [c for c in COSTS if any(c in r["costs"] for r in others)] or list(COSTS)[:1]
+    fig, axes = plt.subplots(-(-len(costs) // 2), min(2, len(costs)), figsize=(12, 4.2 * -(-len(costs) // 2)),
+                             sharey=True, squeeze=False, layout="constrained")
+    marks = {"AdamW": ("0.35", "o"), "Muon": ("C0", "D")}  # of an optimizer
+    for ax, cost in zip(axes.flat, costs):
+        for line, (color, _) in marks.items():
+            if found := dense_line(rows, line, cost):
+                ax.errorbar([r["costs"][cost] for r in found], [r["mean"] for r in found],
+                            [r["sd"] for r in found], fmt="s-", color=color, ms=5, lw=1, capsize=3,
+                            label=f"dense, {line}, blocks labelled")
+            for r in found:
+                ax.annotate(str(r["n_layers"]), (r["costs"][cost], r["mean"]), (5, 5),
                             textcoords="offset points", fontsize=9, color=color)
-        for i, r in enumerate(r for r in rows.values() if not r["dense"]):
-            ax.errorbar(r["costs"].get(cost, math.nan), r["mean"], r["sd"], fmt="o", ms=7, capsize=3,
-                        color=f"C{(i + 3) % 10}", label=r["name"])
-        ax.set_xlabel(COSTS[cost] + "\n(dense model of 8 blocks = 1)")
+        for i, r in enumerate(others):
+            ax.errorbar(r["costs"].get(cost, math.nan), r["mean"], r["sd"], fmt=marks[r["line"]][1], ms=6,
+                        capsize=3, color=plt.cm.tab20(i % 20), label=f"{r['name']}, n {r['n']}")
+        ax.set(xlabel=f"{COSTS[cost]}\n(dense model of 8 blocks = 1)",
+               ylabel="validation loss (nats a token)")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="0.93", lw=0.8)
         ax.set_axisbelow(True)
-    axes[0, 0].set_ylabel("validation loss (nats a token)")
-    axes[0, -1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    fig.savefig(path, dpi=110)
+    fig.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize=9,
+               loc="outside right center")
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
