@@ -30,6 +30,10 @@ if ! satisfies "$python" "${1:-}"; then
     python=.venv/bin/python
 fi
 
+# glibc gives large blocks back to the kernel, which clears them page by page when a step asks again: keep them.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
+
 case "${1:-train}" in
     test) shift; exec "$python" -m pytest -q test_skip.py "$@" ;;
     eval) shift; exec "$python" records/evaluate.py "$@" ;;

@@ -13,7 +13,7 @@ run is in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
+import argparse, contextlib, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
 import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file as load_safetensors, save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -229,8 +229,6 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # float32 stays float32: a router in TF32 may open in decoding a gate that was closed in training
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-        else:
-            keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             store, timeout = next(dist.rendezvous("env://"))[0], datetime.timedelta(minutes=10)
             # torchrun's restarts share a store: hide old addresses
@@ -251,22 +249,6 @@ class Runtime:
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def peak_memory(self) -> int:
-        """Bytes: of the CUDA allocator, or the peak resident set of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def keep_freed_memory():
-    """glibc gives large blocks back to the kernel, which clears them page by page when a step asks again: a
-    twentieth of a dense step's time, more of a sparse one's. Keep them."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 # All that is ever compiled is run as lower(function)(...), where `lower` is one of these two.
@@ -447,9 +429,9 @@ def attend_flex(q, k, v, ln_g, layout):
         q, k = carried(q, k, ln_g)
     assert len(q) == len(k) and len(q) % ROWS == 0  # `padded_rows`: what IS_DIVISIBLE promises
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
-    out = flex_lower(q.device)(flex_attention)(
-        *heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
-        enable_gqa=k.shape[1] != q.shape[1], kernel_options=flex_options(q.shape[-1]))
+    lower = compiled if q.device.type == "cuda" else eager  # (eager, it would hold all n x n scores)
+    out = lower(flex_attention)(*heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
+                                enable_gqa=k.shape[1] != q.shape[1], kernel_options=flex_options(q.shape[-1]))
     return out[0].transpose(0, 1)
 
 
@@ -458,11 +440,6 @@ def flex_options(width: int) -> dict:
     none. FlexAttention has no tile for 72 columns, so they get that of 128."""
     tile = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if 64 < width <= 128 else {}
     return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tile
-
-
-def flex_lower(device: torch.device):
-    """Eager FlexAttention would hold all n x n scores."""
-    return compiled if device.type == "cuda" else eager
 
 
 def attend_rows(q, k, v, ln_g, layout):
@@ -602,19 +579,17 @@ class Router(nn.Module):
             return F.relu(F.linear(h.float(), self.linear.weight, self.linear.bias)).squeeze(-1)
 
 
-def gate(S: Tensor) -> Tensor:
-    """Eq. 2: g = 1 - clamp(S, 0, 1), for S >= 0. ReLU: its gradient at S = 1 is 0, and clamp's is not."""
-    return F.relu(1 - S)
-
-
 def accumulate(router: Router, h: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 1 and 2: S with the router's soft mask of h (n, d) added, and the gates, (n,) each."""
+    """Eq. 1 and 2: S with the soft mask of h (n, d) added, and the gates g = 1 - clamp(S, 0, 1), (n,) each; a
+    ReLU, since its gradient at S = 1 is 0, and clamp's is not."""
     S = S + router(h)
-    return S, gate(S)
+    return S, F.relu(1 - S)
 
 
-def gate_sums(g: Tensor, layout: Layout) -> Tensor:
+def gate_sums(g: Tensor | None, layout: Layout) -> Tensor:
     """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
+    if g is None:
+        return torch.stack([layout.counts.sum().double()] * 3 + [layout.pairs()])
     return torch.stack((g.sum().double(), g.square().sum().double(), (g > 0).sum().double(), layout.pairs()))
 
 
@@ -628,12 +603,8 @@ def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
     return ((x >> 40) & 0xFFFFFF) / 2**24
 
 
-class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
-    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2).
-
-    save_pretrained, from_pretrained and push_to_hub are huggingface_hub's; from_pretrained also reads the
-    authors' checkpoints and a record's folder (`read_weights`).
-    """
+class MiddleSkippingTransformer(nn.Module):
+    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -668,16 +639,9 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         rows, here = padded_rows(n, flex), torch.arange(n, device=tokens.device)
         layout = self.lower(make_layout)(seq, pos, here, n_seqs, (self.cos, self.sin), rows, flex)
         h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
-        if self.cfg.gated:
-            S = torch.zeros(n, device=tokens.device) if self.masks else coin(tokens, pos, self.cfg.seed)
-            h = self.span(h, padded(S, rows, 1.0), layout, 0, depth, stats, cache)  # (padding skips: S = 1)
-        else:
-            for l in range(self.cfg.n_layers):
-                h = self.block(l, h, None, layout, cache)
-            if depth is not None:
-                depth += self.cfg.n_layers
-            if cache is None:
-                stats = [torch.stack([layout.counts.sum()] * 3 + [layout.pairs()])] * self.cfg.n_levels
+        random = self.cfg.control == "random"
+        S = coin(tokens, pos, self.cfg.seed) if random else torch.zeros(n, device=tokens.device)
+        h = self.span(h, padded(S, rows, 1.0), layout, 0, depth, stats, cache)  # (padding skips: S = 1)
         h = self.lower(RMSNorm.forward)(self.output_norm, h[:n])
         return h, None if stats is None else torch.stack(stats)
 
@@ -687,7 +651,8 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
         if l == self.cfg.n_levels:
             return h
         S, g = self.gates(h, S, l, cache)
-        keep = None if self.cfg.compute == "masked" else g.nonzero()[:, 0]  # a level's one wait for the host
+        everything = g is None or self.cfg.compute == "masked"
+        keep = None if everything else g.nonzero()[:, 0]  # a level's one wait for the host
         if keep is None or len(keep) == len(layout.seq):
             x, keep = h, None
         elif len(keep) == 0 and cache is not None:
@@ -699,16 +664,18 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
                                                                 rows)
         x = self.block(l, x, g, layout, cache)
         if stats is not None:
-            stats.append(self.lowered(g, cache)(gate_sums)(g, layout))
+            stats.append(self.lowered(x, cache)(gate_sums)(g, layout))
         if depth is not None:
-            depth[layout.row] += 2 * (g[:len(layout.row)] > 0)
+            depth[layout.row] += 2 if g is None else 2 * (g[:len(layout.row)] > 0)
         x = self.span(x, S, layout, l + 1, depth, stats, cache)
         x = self.block(self.cfg.n_layers - 1 - l, x, g, layout, cache)
         return x if keep is None else self.lowered(keep, cache)(put_back)(h, keep, x)
 
-    def gates(self, h: Tensor, S: Tensor, l: int, cache) -> tuple[Tensor, Tensor]:
-        """S and the gates of level l by Eq. 1 and 2; with --control random, where S is a coin in [0, 1), 1 as
-        often as the level's target asks, and as nested."""
+    def gates(self, h: Tensor, S: Tensor, l: int, cache) -> tuple[Tensor, Tensor | None]:
+        """S and the gates of level l by Eq. 1 and 2; dense, None; with --control random, where S is a coin in
+        [0, 1), 1 as often as the level's target asks, and as nested."""
+        if self.cfg.control == "dense":
+            return S, None
         if self.masks:
             return self.lowered(h, cache)(accumulate)(self.masks[l], h, S)
         return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
@@ -723,20 +690,6 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
     def lowered(self, rows: Tensor, cache):
         """0 and 1 rows would be graphs of their own: rare in training; in decoding 1 row is what there is."""
         return eager if cache is None and len(rows) < 2 else self.lower
-
-    def _save_pretrained(self, save_directory: Path):
-        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, *GATE_FIELDS]}
-        settings["encoding"] = self.cfg.tokeniser
-        (Path(save_directory) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        export_weights(self, Path(save_directory) / "model.safetensors")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision=None, **settings):
-        stored, state = read_weights(str(model_id), revision)
-        flags = {f.name: settings[f.name] for f in dataclasses.fields(Config) if f.name in settings}
-        model = cls(Config(**checkpoint_settings(stored, flags, model_id, GATE_FIELDS) | flags))
-        load_weights(model, state, model_id)
-        return model
 
 
 def initialise(model: nn.Module, cfg: Config):
@@ -872,37 +825,8 @@ class GateControl:
         self.average = average if average is None else average.to(self.coef)
 
 
-def failure_signature(cfg: Config, step: int, ce: float, history: list[dict]) -> str | None:
-    """The paper's ways to fail, as a sentence, if the validation at this step shows one."""
-    event, first, best = history[-1], history[0]["cross_entropy"], min(e["cross_entropy"] for e in history)
-    aims = CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
-    if aims and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
-        return ("collapse to dense: no gate is closed although the targets ask for it; try a larger "
-                "--coef_update")
-    if step and ce > first + 0.1:
-        return "divergence: validation loss is above where it began; try a lower --lr or --norm sandwich"
-    if ce > best + 0.2:
-        return f"collapse of performance: validation loss was {best:.4f}; try a smaller --coef_update"
-    return None
-
-
 # ----------------------------------------------------------------------------------------------------------
 # FLOPs (of a forward pass; a training step is three).
-
-def estimated_flops(cfg: Config, sparsity: float = 0.0) -> float:
-    """The released code's count for one sequence, for Figure 2: full T x T attention, norms and activations
-    included, blocks times (1 - sparsity), where sparsity is the mean share of gates that are 0."""
-    T, d, D, H, Hkv, m = cfg.max_seq_len, cfg.dim, cfg.head_dim, cfg.n_heads, cfg.n_kv_heads, cfg.hidden_dim
-    sqrt, exp = 8, 10
-    norm = T * (4 * d + 2 + sqrt)
-    rotary = 6 * T * (H + Hkv) * D // 2
-    projections = 2 * T * d * (2 * d + 2 * Hkv * D)
-    scores = 4 * T * T * d + H * T * T * (2 + exp + 2)  # two products; scale, mask, softmax
-    ffn = 6 * T * d * m + T * m * (exp + 4 + 1)  # three products; SiLU, gating
-    block = projections + rotary + scores + ffn + (4 if cfg.norm == "sandwich" else 2) * norm + 4 * T * d
-    routers = cfg.n_layers * T * d + (cfg.n_levels - 1) * T if cfg.n_routers else 0
-    return 2 * norm + routers + (1 - sparsity) * cfg.n_layers * block + 2 * T * d * cfg.vocab_size
-
 
 def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> float:
     """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head
@@ -1582,7 +1506,7 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             record.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  validation "
                        f"{event['cross_entropy']:.4f} nats  sparsity {mean(event['gate_zero']):.3f}")
             record.plot()
-            if warning := failure_signature(cfg, step, event["cross_entropy"], history):
+            if show() and (warning := show().failure_signature(cfg, history)):
                 record.say(f"WARNING: {warning}")
             if reached:
                 record.say(f"target loss {cfg.target_loss} reached at step {step}")
@@ -1639,21 +1563,7 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
     record.write(Path(__file__).name, Path(__file__).read_text())
-    tokens = {split: sum(map(len, shards.tokens)) for split, shards in trainer.shards.items()}
-    processes = "1 process" if rt.world == 1 else f"{rt.world} processes"
-    warm_up = f", compiled in {trainer.compile_s:.0f} s" * rt.compile
-    target = f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated
-    record.say(f"{record.folder}  ({env['command']})\n"
-               f"{env['device']}, {processes}, {env['threads']} threads, torch {torch.__version__}, "
-               f"{env['dtype']}{warm_up}\n"
-               f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {trainer.parameters:,} "
-               f"parameters, control {cfg.control}{target}\n"
-               f"weights: {trainer.origin}\n"
-               f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
-               f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
-               f"{trainer.loader.accumulation} micro-batches each")
-    if cfg.gated and cfg.n_levels == 1:
-        record.say("with 2 blocks there is one level, whose target is --mean_target_start")
+    record.say("\n".join(show().opening_lines(trainer, env, record.folder)) if show() else f"{record.folder}")
     return []
 
 
@@ -1668,51 +1578,33 @@ def install_signals(trainer: Trainer):
         signal.signal(number, handle)
 
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets, dense bfloat16
-
-
-def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, steps: list[dict]) -> dict:
-    cfg, rt, last = trainer.cfg, trainer.rt, history[-1]
-    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-    estimated = estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len
-    rate = step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0
-    return {
+def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
+    """Summary, plot, weights, and the closing lines."""
+    cfg, rt, last, recompiles = trainer.cfg, trainer.rt, history[-1], graphs_compiled() - trainer.graphs
+    further = show().further(trainer, last) if show() else {}  # on all ranks
+    if not rt.main:
+        return 0
+    imbalance = [e["rank_imbalance"] for e in record.events() if "rank_imbalance" in e]
+    summary = {
         "interrupted": False, "step": step,
         "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
         "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
-        "parameters": trainer.parameters, "estimated_flops_per_token": estimated,
-        "realised_flops_per_token": last["flops_per_token"],
-        "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
+        "parameters": trainer.parameters, "realised_flops_per_token": last["flops_per_token"],
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
-        "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
-        "gated_step_seconds": seconds.get("gated"), "dense_step_seconds": seconds.get("dense"),
-        "averaged_step_seconds": seconds.get("averaged"), "all_reduce_seconds": seconds.get("all_reduce"),
-        "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
-        "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
-    }
-
-
-def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
-    """Summary, plot, weights, and the closing lines."""
-    recompiles = graphs_compiled() - trainer.graphs
-    seconds = show().step_seconds(trainer) if show() else {}
-    if not trainer.rt.main:
-        return 0
-    steps = [e for e in record.events() if e["kind"] == "train"]
-    summary = summarise(trainer, step, history, seconds, steps) | {"recompiles_after_warm_up": recompiles}
+        "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s,
+        "tokens_per_s": step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0,
+        "rank_imbalance": mean(imbalance or [1.0]), "ranks": rt.world, "control": cfg.control,
+        "n_layers": cfg.n_layers, "recompiles_after_warm_up": recompiles} | further
     export_weights(trainer.model, record.folder / "model.safetensors")
     record.plot()
     record.write("summary.json", summary)
-    record.say(f"\nvalidation loss {summary['cross_entropy']:.4f} nats a token (at the start "
+    record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token (at the start "
                f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "
                f"{summary['tokens_per_s']:.0f} tokens/s")
-    if show():
-        record.say("\n".join(show().closing_lines(summary, trainer.cfg, record.folder)))
-    else:
-        record.say(f"record: {record.folder} (no plot, no step time: this script was copied without "
-                   "records/show.py)")
+    record.say("\n".join(show().closing_lines(summary, cfg, record.folder)) if show() else
+               f"record: {record.folder} (no plot, no step time: this script was copied without "
+               "records/show.py)")
     return 0
 
 

@@ -1,9 +1,9 @@
 """Time this machine: a training step, a prefill and decoding, plain, dense and gated at several sparsities.
 
-    python records/bench.py                      # the CPU's size: 12 blocks, d 384; Table 2's on a GPU
-    python records/bench.py --dtype bfloat16
-    python records/bench.py --modes train --rounds 9 --dim 768
-    python records/bench.py --growth             # how a token's cost grows with T, L, width and processes
+    ./run.sh bench                      # the CPU's size: 12 blocks, d 384; Table 2's on a GPU
+    ./run.sh bench --dtype bfloat16
+    ./run.sh bench --modes train --rounds 9 --dim 768
+    ./run.sh bench --growth             # how a token's cost grows with T, L, width and processes
 
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed
 drifts. `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T,
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plan  # noqa: E402
 import sample  # noqa: E402
+import show  # noqa: E402
 from sample import tgs  # noqa: E402
 
 CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4,
@@ -166,7 +167,7 @@ def reset_peak(rt):
 def peak_memory(rt):
     """Bytes since reset_peak. (getrusage's peak never falls; Linux tells the one that was reset.)"""
     if rt.device.type == "cuda" or sys.platform != "linux":
-        return rt.peak_memory()
+        return show.peak_memory(rt)
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tool  # noqa: E402
-from show import bars  # noqa: E402
+from show import bars, estimated_flops  # noqa: E402
 from tool import Config, UserError, encode, get_encoding, tgs  # noqa: E402
 from train_gpt_skip import MiddleSkippingTransformer  # noqa: E402
 
@@ -186,7 +186,7 @@ def run(cfg: Config, weights: dict, args) -> int:
             print(f"bits a byte {result['cross_entropy'] / math.log(2) / per_token:.4f}")
         print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
         print(f"FLOPs a token: {result['flops_per_token']:.4g} realised, "
-              f"{tgs.estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
+              f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
         print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
         for title, rows in tables.items():
             print(f"mean depth of {cfg.n_layers} blocks, by {title}")

@@ -80,7 +80,7 @@ def read_run(folder: Path) -> dict:
             return run
         run |= dict(parameters=int(summary["parameters"]), loss=float(summary["cross_entropy"]),
                     sparsity=float(summary["sparsity"]),
-                    estimated=float(summary["estimated_flops_per_token"]),
+                    estimated=float(summary.get("estimated_flops_per_token", math.nan)),  # show.py's
                     realised=float(summary["realised_flops_per_token"]), rate=float(summary["tokens_per_s"]))
         return run | dict(state="finished")
     except KeyError as e:

@@ -1,5 +1,6 @@
 """What train_gpt_skip.py shows of a run and what changes nothing in it: the plan that --dry_run prints, the
-plot, and, at the end, what a step costs beside a dense one and the closing lines.
+opening lines, the plot and warnings; and, at the end, what a step costs beside a dense one, other numbers
+of summary.json, and the closing lines.
 
 The script finds it here beside itself; a copy of the script without this file trains too, and shows less.
 """
@@ -9,7 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import fmean as mean, median
 
 import numpy as np
 import torch
@@ -62,7 +63,25 @@ def size(n: float) -> str:
     return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-# ---- at each validation: the plot -------------------------------------------------------------------------
+def opening_lines(trainer: tgs.Trainer, env: dict, record: Path):
+    """What the log says first: where, on what, of which model and data."""
+    cfg, rt = trainer.cfg, trainer.rt
+    tokens = {split: sum(map(len, shards.tokens)) for split, shards in trainer.shards.items()}
+    yield f"{record}  ({env['command']})"
+    yield (f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
+           f"{torch.__version__}, {env['dtype']}" + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
+    yield (f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {trainer.parameters:,} "
+           f"parameters, control {cfg.control}"
+           + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
+    yield f"weights: {trainer.origin}"
+    yield (f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; {cfg.num_steps} "
+           f"steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, {trainer.loader.accumulation} "
+           "micro-batches each")
+    if cfg.gated and cfg.n_levels == 1:
+        yield "with 2 blocks there is one level, whose target is --mean_target_start"
+
+
+# ---- at each validation: the plot, and a warning ----------------------------------------------------------
 
 def plot(events: list[dict], cfg: tgs.Config, path: Path):
     """Loss, sparsity and coefficients over steps, as one picture."""
@@ -99,16 +118,71 @@ def plot(events: list[dict], cfg: tgs.Config, path: Path):
     plt.close(fig)
 
 
+def failure_signature(cfg: tgs.Config, history: list[dict]) -> str | None:
+    """The paper's ways to fail, as a sentence, if the last of the validations shows one."""
+    event, step, ce = history[-1], history[-1]["step"], history[-1]["cross_entropy"]
+    first, best = history[0]["cross_entropy"], min(e["cross_entropy"] for e in history)
+    aims = tgs.CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
+    if aims and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
+        return ("collapse to dense: no gate is closed although the targets ask for it; try a larger "
+                "--coef_update")
+    if step and ce > first + 0.1:
+        return "divergence: validation loss is above where it began; try a lower --lr or --norm sandwich"
+    if ce > best + 0.2:
+        return f"collapse of performance: validation loss was {best:.4f}; try a smaller --coef_update"
+    return None
+
+
 # ---- at the end -------------------------------------------------------------------------------------------
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets, dense bfloat16
+
+
+def further(trainer: tgs.Trainer, last: dict) -> dict:
+    """What summary.json holds beside what the run itself knows; `last` is its last validation. All ranks call
+    this."""
+    cfg, rt = trainer.cfg, trainer.rt
+    memory = peak_memory(rt)
+    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
+    peak = next((v * rt.world for k, v in PEAK_FLOPS.items() if k in name), None)
+    return {"estimated_flops_per_token": estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len,
+            "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / peak,
+            "peak_memory_bytes": memory, **{f"{k}_seconds": v for k, v in step_seconds(trainer).items()}}
+
+
+def peak_memory(rt: tgs.Runtime) -> int:
+    """Bytes: of the CUDA allocator, or the peak resident set of the process."""
+    if rt.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def estimated_flops(cfg: tgs.Config, sparsity: float = 0.0) -> float:
+    """The released code's count for one sequence, for Figure 2: full T x T attention, norms and activations
+    included, blocks times (1 - sparsity), where sparsity is the mean share of gates that are 0."""
+    T, d, D, H, Hkv, m = cfg.max_seq_len, cfg.dim, cfg.head_dim, cfg.n_heads, cfg.n_kv_heads, cfg.hidden_dim
+    sqrt, exp = 8, 10
+    norm = T * (4 * d + 2 + sqrt)
+    rotary = 6 * T * (H + Hkv) * D // 2
+    projections = 2 * T * d * (2 * d + 2 * Hkv * D)
+    scores = 4 * T * T * d + H * T * T * (2 + exp + 2)  # two products; scale, mask, softmax
+    ffn = 6 * T * d * m + T * m * (exp + 4 + 1)  # three products; SiLU, gating
+    block = projections + rotary + scores + ffn + (4 if cfg.norm == "sandwich" else 2) * norm + 4 * T * d
+    routers = cfg.n_layers * T * d + (cfg.n_levels - 1) * T if cfg.n_routers else 0
+    return 2 * norm + routers + (1 - sparsity) * cfg.n_layers * block + 2 * T * d * cfg.vocab_size
+
 
 def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
     """Seconds of forward and backward on one micro-batch, medians: as trained, and with every gate taken out;
-    among several ranks also with the gradients averaged, and of averaging as many numbers by itself."""
+    among several ranks also with the gradients averaged, and of averaging as many numbers by itself (one
+    rank: None)."""
     cfg, rt, model, parallel = trainer.cfg, trainer.rt, trainer.model, trainer.parallel
     batch = [t.to(rt.device) for t in trainer.loader.pending.result()]
     gradients = torch.zeros(trainer.parameters, device=rt.device)
-    variants = {"gated": (cfg, model), "dense": (cfg.dense(), model)}
-    variants |= {"averaged": (cfg, parallel), "all_reduce": (cfg, parallel)} if rt.world > 1 else {}
+    variants = {"gated_step": (cfg, model), "dense_step": (cfg.dense(), model)}
+    among_ranks = {"averaged_step": (cfg, parallel), "all_reduce": (cfg, parallel)}
+    variants |= among_ranks if rt.world > 1 else {}
     seconds = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, (model.cfg, trainer.parallel) in variants.items():
@@ -122,7 +196,7 @@ def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
             seconds[name].append(time.perf_counter() - start)
     model.cfg, trainer.parallel = cfg, parallel
     model.zero_grad(set_to_none=True)
-    return {name: median(s[1:]) for name, s in seconds.items()}  # (the first warms up)
+    return dict.fromkeys(among_ranks) | {k: median(s[1:]) for k, s in seconds.items()}  # (the first warms up)
 
 
 def closing_lines(s: dict, cfg: tgs.Config, record: Path):
