@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse, contextlib, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
 import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -604,7 +603,7 @@ def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
 
 
 class MiddleSkippingTransformer(nn.Module):
-    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2)."""
+    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -915,7 +914,8 @@ class TrainLoader:
     of a permutation; micro-batch a of rank r of R gets the (a R + r)-th device_batch_size of them.
 
     A tail too short for a step is dropped; after the last shard comes the first. `place`, the (shard,
-    position, pass) of the next step, is all that a checkpoint needs. A thread reads one micro-batch ahead.
+    position, pass) of the next step, is all that a checkpoint needs. (Nothing is read ahead: while the host
+    reads, for half a millisecond, a GPU is still busy with the micro-batch before.)
     """
 
     def __init__(self, shards: Shards, cfg: Config, rt: Runtime):
@@ -925,18 +925,13 @@ class TrainLoader:
         if not self.steps_per_pass:
             raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {self.block + 1} "
                             "tokens; use a smaller --batch_size or longer shards")
-        self.pool, self.order = ThreadPoolExecutor(1), functools.lru_cache(1)(self.permutation)
-        self.seek((0, 0, 0))
+        self.order, self.place = functools.lru_cache(1)(self.permutation), self.fit(0, 0)
 
     def permutation(self, shard: int, turn: int) -> np.ndarray:
         """Where a shard's sequences start, in the order of a pass."""
         T, shuffle = self.cfg.max_seq_len, np.random.default_rng((self.cfg.seed, turn, shard)).permutation
         starts = np.arange((len(self.shards.tokens[shard]) - 1) // T) * T
         return shuffle(starts) if self.cfg.shuffle else starts
-
-    def seek(self, place: tuple):
-        self.place = self.fit(*place)
-        self.pending = self.pool.submit(self.read, self.place, 0)
 
     def fit(self, shard: int, position: int, turn: int = 0) -> tuple[int, int, int]:
         """The first place from here on that holds a whole step."""
@@ -946,24 +941,21 @@ class TrainLoader:
                 shard, turn = 0, turn + 1
         return shard, position, turn
 
-    def read(self, place: tuple, a: int) -> tuple[Tensor, Tensor]:
-        B, T, (shard, position, turn) = self.cfg.device_batch_size, self.cfg.max_seq_len, place
+    def read(self, a: int) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) of this rank's micro-batch a of the next step, each (device_batch_size, T)."""
+        B, T, (shard, position, turn) = self.cfg.device_batch_size, self.cfg.max_seq_len, self.place
         first = position // T + (a * self.rt.world + self.rt.rank) * B
         starts = self.order(shard, turn)[first:first + B]
         batch = torch.stack([self.shards.window(shard, start, T + 1) for start in starts])  # (B, T + 1)
         batch = batch.pin_memory() if self.rt.device.type == "cuda" else batch
+        batch = batch.to(self.rt.device, non_blocking=True)
         return batch[:, :-1], batch[:, 1:]
 
     def micro_batches(self):
-        """(inputs, targets) of this rank's micro-batches of the next step, each (device_batch_size, T)."""
+        """All that this rank has to `read` for the next step."""
+        yield from map(self.read, range(self.accumulation))
         shard, position, turn = self.place
-        following = self.fit(shard, position + self.block, turn)
-        for a in range(self.accumulation):
-            batch = self.pending.result()
-            ahead = (self.place, a + 1) if a + 1 < self.accumulation else (following, 0)
-            self.pending = self.pool.submit(self.read, *ahead)
-            yield tuple(t.to(self.rt.device, non_blocking=True) for t in batch)
-        self.place = following
+        self.place = self.fit(shard, position + self.block, turn)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1359,7 +1351,7 @@ class Trainer:
     def warm_up(self) -> float:
         """Compile before the clock starts: a training micro-batch and a validation one, as they come and with
         gates that close. Seconds."""
-        start, batch = time.perf_counter(), [t.to(self.rt.device) for t in self.loader.pending.result()]
+        start, batch = time.perf_counter(), self.loader.read(0)
         biases = [(r.linear.bias, r.linear.bias.detach().clone()) for r in self.model.masks]
         for shift in (1.0, 0.0):
             with self.rt.autocast(), torch.no_grad():
@@ -1456,7 +1448,7 @@ class Trainer:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state[name])
             self.control.load_state_dict(state["control"])
-            self.loader.seek(tuple(state["place"]))
+            self.loader.place = self.loader.fit(*state["place"])
             torch.set_rng_state(state["rng"])
             self.train_s, self.train_flops = float(state["train_s"]), state.get("train_flops")
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]

@@ -178,7 +178,7 @@ def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
     among several ranks also with the gradients averaged, and of averaging as many numbers by itself (one
     rank: None)."""
     cfg, rt, model, parallel = trainer.cfg, trainer.rt, trainer.model, trainer.parallel
-    batch = [t.to(rt.device) for t in trainer.loader.pending.result()]
+    batch = trainer.loader.read(0)
     gradients = torch.zeros(trainer.parameters, device=rt.device)
     variants = {"gated_step": (cfg, model), "dense_step": (cfg.dense(), model)}
     among_ranks = {"averaged_step": (cfg, parallel), "all_reduce": (cfg, parallel)}

@@ -50,6 +50,20 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
     "gated_8_0.125_gamma0.003": ("an eighth of the tokens in the middle, a tenth of the coefficient update",
                                  "--mean_target_end 0.125 --coef_update 0.003"),
     "gated_12_0.25": ("12 blocks, a quarter in the middle", "--n_layers 12 --mean_target_end 0.25"),
+    "released_8_0.25": ("gated_8_0.25 with keys that no gate masks, as the authors' code has it (computes all "
+                        "tokens; FLOPs are of that)",
+                        "--mean_target_end 0.25 --gate_attention none --compute masked"),
+    "pre_8_0.25": ("gated_8_0.25 with pre-norm", "--mean_target_end 0.25 --norm pre"),
+    "pre_dense_8": ("dense with pre-norm", "--control dense --norm pre"),
+    "adaptive_8_0.25": ("Table 1's adaptive control", "--mean_target_end 0.25 --control adaptive"),
+    "derivative_8_0.25": ("Table 1's proportional-derivative control",
+                          "--mean_target_end 0.25 --control proportional_derivative"),
+    "none_8": ("gates that nothing closes", "--control none"),
+    "sparsity_8": ("Table 1's fixed coefficient of the mean", "--control sparsity"),
+    "sparsity_variance_8": ("Table 1's fixed coefficients of mean and variance",
+                            "--control sparsity_variance"),
+    "sparsity_variance_l2_8_0.25": ("Table 1's squared deviations from the targets",
+                                    "--mean_target_end 0.25 --control sparsity_variance_l2"),
 }
 ROWS |= {f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon")
          for name, (it_is, flags) in MUON.items()}
@@ -186,7 +200,8 @@ def survival(t: float, df: float) -> float:
 
 
 def gather(folder: Path) -> dict[str, dict]:
-    """Rows by name: losses of the finished seeds, mean costs, blocks, control, date."""
+    """Rows by name: losses of the finished seeds, mean costs, blocks, date, and `dense`: is it a point of a
+    dense line?"""
     rows, times = {}, {}  # of a row the newest times, in units of dense_8's of the same record
     for path in sorted(folder.glob("*_times/times.json")):
         seconds = json.loads(path.read_text())["seconds"]
@@ -196,7 +211,7 @@ def gather(folder: Path) -> dict[str, dict]:
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
             row["losses"].append(s["cross_entropy"])
             row["records"].append(path.name)
-            row |= dict(dense=s["control"] == "dense", n_layers=s["n_layers"], steps=s["step"],
+            row |= dict(dense=re.fullmatch(r"(muon_)?dense_\d+", name) is not None, n_layers=s["n_layers"], steps=s["step"],
                         date=path.name[:10], line="Muon" if name.startswith("muon_") else "AdamW")
             timed = times.get(name, {})
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
@@ -304,15 +319,15 @@ def speedrun(rows: dict[str, dict]) -> list[list[str]]:
 
 
 def figure(rows: dict[str, dict], path: Path):
-    """Loss against each cost: the dense lines, and the others beside them, with standard deviations; rows
-    above the worst dense model are left to the table."""
+    """Loss against each cost: the dense lines, and the others beside them, with standard deviations; rows of
+    fewer than 4 seeds, or above the worst dense model, are left to the table."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = {name: r for name, r in rows.items() if r["full"]}
     dense, others = ([r for r in rows.values() if r["dense"] == is_dense] for is_dense in (True, False))
     if dense:
-        others = [r for r in others if r["mean"] <= max(d["mean"] for d in dense)]
+        others = [r for r in others if r["n"] >= 4 and r["mean"] <= max(d["mean"] for d in dense)]
     costs = [c for c in COSTS if any(c in r["costs"] for r in others)] or list(COSTS)[:1]
     fig, axes = plt.subplots(-(-len(costs) // 2), min(2, len(costs)), figsize=(12, 4.2 * -(-len(costs) // 2)),
                              sharey=True, squeeze=False, layout="constrained")
