@@ -1231,11 +1231,11 @@ def test_a_run_on_a_terminal_shows_loss_sparsity_speed_and_time_left_in_one_line
     assert re.search(r"step 3/3 \|.*\| 00:00 left, loss \d\.\d+, sparsity 0\.\d+, \d+ tokens/s", shown)
 
 
-def test_the_plot_is_drawn_at_each_validation_and_at_the_end(tmp_path, corpus, monkeypatch):
+def test_the_plot_is_drawn_at_each_validation(tmp_path, corpus, monkeypatch):
     drawn = []
     monkeypatch.setattr(show, "plot", lambda events, cfg, path: drawn.append(events[-1]))
     assert tgs.main(flags(corpus, tmp_path, num_steps=5, val_every=2)) == 0
-    assert [e["step"] for e in drawn] == [0, 2, 4, 5, 5] and {e["kind"] for e in drawn} == {"val"}
+    assert [e["step"] for e in drawn] == [0, 2, 4, 5] and {e["kind"] for e in drawn} == {"val"}
 
 
 def test_a_copy_of_the_script_alone_in_a_folder_trains_and_writes_its_record(tmp_path, corpus):
@@ -2675,7 +2675,7 @@ def test_the_plans_flops_and_parameters_are_those_that_torch_counts(kw):
     exact = 12 * cfg.n_layers * cfg.dim * 2 * 256 * 257 / 2
     assert counts["model_flops"] == pytest.approx(products + exact, abs=2 * routers)
     whole = 14 * cfg.n_layers * cfg.dim * 2 * 3 * 128**2  # 3 of 4 blocks
-    assert plan.counts(cfg.dense())["attention"] == whole
+    assert plan.counts(show.dense(cfg))["attention"] == whole
     assert counts["attention"] == whole * (11 / 7 if cfg.gated else 1)
 
 
@@ -2819,6 +2819,20 @@ def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hu
                     "pre_dense_8": "does not beat", "wide": "does not beat", "few": "too few seeds"}
     assert [line[0] for line in tracks.table(rows)[1:]][0] == "dense_8"
     assert tracks.verdict(rows["good"], rows, "forward time") == "-"  # not measured
+
+
+def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_its_rows_others(tmp_path):
+    _, tracks = load_report_and_tracks()
+    for seed in range(3):
+        frontier_record(tmp_path, "dense_8", seed, 1.0)
+    seeds = [frontier_record(tmp_path, "good", seed, 1.0, "proportional", 0.75).name for seed in range(3)]
+    for day, unit, good in ((1, 1.0, {}), (2, 2.0, {seeds[0]: 1.0, seeds[2]: 1.4})):  # the newest counts
+        seconds = {"dense_8": unit, "good": 9.0} if day == 1 else {"dense_8": unit} | good
+        (folder := tmp_path / f"2026-11-0{day}_00-00-00_times").mkdir()
+        (folder / "times.json").write_text(json.dumps(
+            {"seconds": {name: {"forward": t, "train": 2 * t} for name, t in seconds.items()}}))
+    each = tracks.gather(tmp_path)["good"]["each"]
+    assert each["forward time"] == pytest.approx([0.5, 0.6, 0.7]) and each["training time"] == [0.5, 0.6, 0.7]
 
 
 def test_tracks_run_what_is_not_recorded_seed_by_seed_and_resume_what_was_interrupted(tmp_path, monkeypatch,

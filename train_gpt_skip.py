@@ -3,9 +3,9 @@
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
-float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the paper's order;
-what draws and prints (records/show.py, which a copy of this file can do without) and what looks at a finished
-run is in records/. Three commands:
+float32, torch 2.13, 12 blocks, d 384). Here is what can change a run and what records it, in the paper's
+order; what draws, prints and measures it (records/show.py, which a copy of this file can do without) and what
+looks at a finished run is in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
     ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
@@ -167,10 +167,6 @@ class Config:
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
 
-    def dense(self):
-        """The same model without routers."""
-        return dataclasses.replace(self, control="dense", **dict.fromkeys(OF_CONTROL))
-
 
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
@@ -270,13 +266,9 @@ def compiled(function):
 # ----------------------------------------------------------------------------------------------------------
 # Norm and positions. Llama 3's: RMSNorm, and rotary embeddings on interleaved pairs (2i, 2i+1).
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
 
 
 def rope_table(cfg: Config) -> tuple[Tensor, Tensor]:
@@ -587,9 +579,8 @@ def accumulate(router: Router, h: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
 
 def gate_sums(g: Tensor | None, layout: Layout) -> Tensor:
     """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
-    if g is None:
-        return torch.stack([layout.counts.sum().double()] * 3 + [layout.pairs()])
-    return torch.stack((g.sum().double(), g.square().sum().double(), (g > 0).sum().double(), layout.pairs()))
+    each = (layout.counts,) * 3 if g is None else (g, g.square(), g > 0)
+    return torch.stack([*(x.sum().double() for x in each), layout.pairs()])
 
 
 def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
@@ -650,8 +641,8 @@ class MiddleSkippingTransformer(nn.Module):
         if l == self.cfg.n_levels:
             return h
         S, g = self.gates(h, S, l, cache)
-        everything = g is None or self.cfg.compute == "masked"
-        keep = None if everything else g.nonzero()[:, 0]  # a level's one wait for the host
+        # a level's one wait for the host:
+        keep = None if g is None or self.cfg.compute == "masked" else g.nonzero()[:, 0]
         if keep is None or len(keep) == len(layout.seq):
             x, keep = h, None
         elif len(keep) == 0 and cache is not None:
@@ -914,8 +905,8 @@ class TrainLoader:
     of a permutation; micro-batch a of rank r of R gets the (a R + r)-th device_batch_size of them.
 
     A tail too short for a step is dropped; after the last shard comes the first. `place`, the (shard,
-    position, pass) of the next step, is all that a checkpoint needs. (Nothing is read ahead: while the host
-    reads, for half a millisecond, a GPU is still busy with the micro-batch before.)
+    position, pass) of the next step, is all that a checkpoint needs. (Nothing is read ahead: a micro-batch of
+    Table 2 takes half a millisecond from the page cache, and, but for a step's first, a GPU is still busy.)
     """
 
     def __init__(self, shards: Shards, cfg: Config, rt: Runtime):
@@ -1028,8 +1019,8 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
 
 @functools.cache
 def show():
-    """records/show.py, which draws and prints a run and changes nothing in it; None where this script was
-    copied away alone."""
+    """records/show.py, which draws and prints a run, and measures it when it is done, but changes nothing in
+    it; None where this script was copied away alone."""
     if not (ROOT / "records" / "show.py").exists():
         return None
     sys.modules.setdefault("train_gpt_skip", sys.modules[__name__])  # which it imports
@@ -1041,16 +1032,16 @@ class Record:
     """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
 
     def __init__(self, cfg: Config, rt: Runtime, first_step: int):
-        self.cfg, self.rt, self.folder, self.bar = cfg, rt, None, None
+        self.cfg, self.rt, self.folder = cfg, rt, None
+        self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
+                        disable=None if rt.main else True,  # (None: where nobody watches)
+                        bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
         if not rt.main:
             return
         name = cfg.name or cfg.preset or cfg.control
         self.folder = Path(cfg.resume) if cfg.resume else make_folder(Path(cfg.records_dir), name)
         self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self.text = open(self.folder / "log.txt", "ab", buffering=0)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
-                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
 
     def append(self, file, line: str):
         """A whole line or none, through no buffer."""
@@ -1067,7 +1058,7 @@ class Record:
         if not self.rt.main:
             return
         self.append(self.text, line)
-        if self.bar is None:
+        if self.bar.disable:
             print(line, flush=True)
         elif not of_a_step:
             self.bar.write(line)
@@ -1087,18 +1078,13 @@ class Record:
                      f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
                      f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
                      + f"  zero gates {zeros}" * cfg.gated, of_a_step=True)
-        if self.bar:
-            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
-                                     f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
-            self.bar.update()
+        self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
+                                 f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
+        self.bar.update()
 
     def events(self) -> list[dict]:
         with open(self.folder / "metrics.jsonl") as f:
             return [json.loads(line) for line in f]
-
-    def plot(self):
-        if self.rt.main and show():
-            show().plot(self.events(), self.cfg, self.folder / "plot.png")
 
     def write(self, name: str, content):
         """A whole file or none: JSON of a dict, else text."""
@@ -1497,9 +1483,10 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             history.append(event)
             record.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  validation "
                        f"{event['cross_entropy']:.4f} nats  sparsity {mean(event['gate_zero']):.3f}")
-            record.plot()
-            if show() and (warning := show().failure_signature(cfg, history)):
-                record.say(f"WARNING: {warning}")
+            if show() and rt.main:
+                show().plot(record.events(), cfg, record.folder / "plot.png")
+                if warning := show().failure_signature(cfg, history):
+                    record.say(f"WARNING: {warning}")
             if reached:
                 record.say(f"target loss {cfg.target_loss} reached at step {step}")
                 break
@@ -1508,9 +1495,7 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
         if trainer.stopping:
             trainer.save(step + 1, record)
             break
-    if record.bar:
-        record.bar.close()
-        record.bar = None
+    record.bar.close()
     if not trainer.stopping:
         return finish(trainer, record, step, history)
     record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
@@ -1555,7 +1540,8 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
     record.write(Path(__file__).name, Path(__file__).read_text())
-    record.say("\n".join(show().opening_lines(trainer, env, record.folder)) if show() else f"{record.folder}")
+    record.say("\n".join(show().opening_lines(trainer, env, record.folder)) if show() else
+               f"{record.folder}; weights: {trainer.origin}")
     return []
 
 
@@ -1571,8 +1557,10 @@ def install_signals(trainer: Trainer):
 
 
 def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
-    """Summary, plot, weights, and the closing lines."""
+    """Weights, summary, and the closing lines."""
     cfg, rt, last, recompiles = trainer.cfg, trainer.rt, history[-1], graphs_compiled() - trainer.graphs
+    if rt.main:
+        export_weights(trainer.model, record.folder / "model.safetensors")
     further = show().further(trainer, last) if show() else {}  # on all ranks
     if not rt.main:
         return 0
@@ -1588,8 +1576,6 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
         "tokens_per_s": step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0,
         "rank_imbalance": mean(imbalance or [1.0]), "ranks": rt.world, "control": cfg.control,
         "n_layers": cfg.n_layers, "recompiles_after_warm_up": recompiles} | further
-    export_weights(trainer.model, record.folder / "model.safetensors")
-    record.plot()
     record.write("summary.json", summary)
     record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token (at the start "
                f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "

@@ -85,7 +85,7 @@ def eager_attention(attention, x, mask, model):
 class Bench:
     def __init__(self, cfg, rt):
         self.cfg, self.rt, self.cuda = cfg, rt, rt.device.type == "cuda"
-        self.dense_cfg = cfg.dense()
+        self.dense_cfg = show.dense(cfg)
         self.model = tgs.build_model(cfg, rt)
         for router in self.model.masks:
             torch.nn.init.zeros_(router.linear.weight)
@@ -446,7 +446,7 @@ def beside_estimates(cfg, rows, name=None):
     yield f"training step of one micro-batch, ms: measured here ({name}), and estimated by plan.py ({sheet})"
     for r in rows:
         if r["mode"] == "train" and r["variant"] != "eager":
-            side = cfg.dense() if r["variant"] == "dense" else cfg
+            side = show.dense(cfg) if r["variant"] == "dense" else cfg
             estimate = plan.micro_batch(side, r["sparsity"] or 0.0, sheet)
             estimate["update"] = plan.step(side, r["sparsity"] or 0.0, sheet, 1, 1)["update"]
             total = estimate.pop("total") + estimate["update"]

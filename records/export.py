@@ -26,8 +26,8 @@ OPTIONS = {
 
 
 class HubModel(MiddleSkippingTransformer, PyTorchModelHubMixin):
-    """The model with huggingface_hub's save_pretrained, from_pretrained and push_to_hub. from_pretrained reads
-    what --checkpoint reads, and takes Config's fields."""
+    """The model with huggingface_hub's save_pretrained, from_pretrained and push_to_hub. from_pretrained
+    reads what --checkpoint reads, and takes Config's fields."""
 
     def _save_pretrained(self, save_directory: Path):
         export_hub(self, Path(save_directory))
@@ -72,9 +72,9 @@ def run(cfg: Config, weights: dict, args) -> int:
         folder.mkdir(parents=True)
     except OSError as e:
         raise UserError(f"--out {folder} cannot be made: {e.strerror}; name a new folder")
-    model = MiddleSkippingTransformer(cfg)
+    model = HubModel(cfg)
     tgs.load_weights(model, weights, args.checkpoint)
-    {"released": export_released, "hub": export_hub}[args.to](model, folder)
+    export_released(model, folder) if args.to == "released" else model.save_pretrained(folder)
     print(f"wrote {folder}")
     return 0
 

@@ -16,7 +16,8 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import show  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
 
 DEVICES = {  # data sheets: dense bfloat16 FLOP/s, bytes/s, NVLink bytes/s in one direction, bytes of memory
@@ -92,7 +93,7 @@ def step(cfg: tgs.Config, sparsity: float, device: str, devices: int, machines: 
 
 def lines(cfg: tgs.Config, sparsities, device: str, tokens: float):
     flops, bandwidth, link, memory = DEVICES[device]
-    dense = counts(cfg.dense())
+    dense = counts(show.dense(cfg))
     yield (f"ESTIMATE, nothing here is measured: {dense['parameters']:,} parameters, {cfg.n_layers} blocks, "
            f"d {cfg.dim}, {cfg.device_batch_size} x {cfg.max_seq_len} tokens a micro-batch, bfloat16, "
            f"{device}")
@@ -103,7 +104,7 @@ def lines(cfg: tgs.Config, sparsities, device: str, tokens: float):
     parts = [k for k in micro_batch(cfg, 0.0, device) if k not in ("total", "host")]
     yield (f"{'sparsity':>8s}{'TFLOP':>8s}{'GB':>7s}{'launches':>9s}{'waits':>6s}" + "".join(
         f"{p:>11s}" for p in parts) + f"{'total':>8s}{'host':>7s}{'MFU':>6s}{'GB held':>9s}")
-    for label, c, s in [("dense", cfg.dense(), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]:
+    for label, c, s in [("dense", show.dense(cfg), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]:
         t, k = micro_batch(c, s, device), counts(c, s)
         moved = sum(k[p] for p in ("pointwise", "head_bytes", "gather", "accumulate", "cast"))
         yield (f"{label:>8s}{k['model_flops'] / 1e12:8.1f}{moved / 1e9:7.1f}{k['launches']:9d}"
@@ -117,7 +118,7 @@ def lines(cfg: tgs.Config, sparsities, device: str, tokens: float):
     for machines, devices in ((1, 1), (1, 4), (1, 8), (2, 8), (4, 8)):
         if cfg.batch_size % (cfg.device_batch_size * devices * machines):
             continue
-        for label, c, s in [("dense", cfg.dense(), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]:
+        for label, c, s in [("dense", show.dense(cfg), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]:
             t = step(c, s, device, devices, machines)
             where = f"{machines} x {devices}" if machines > 1 else str(devices)
             yield (f"{where:>9s}{label:>9s}{t['accumulation']:14d}{1e3 * t['seconds']:9.1f}"

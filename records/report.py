@@ -80,7 +80,7 @@ def read_run(folder: Path) -> dict:
             return run
         run |= dict(parameters=int(summary["parameters"]), loss=float(summary["cross_entropy"]),
                     sparsity=float(summary["sparsity"]),
-                    estimated=float(summary.get("estimated_flops_per_token", math.nan)),  # show.py's
+                    estimated=(e := summary.get("estimated_flops_per_token")) and float(e),  # show.py's
                     realised=float(summary["realised_flops_per_token"]), rate=float(summary["tokens_per_s"]))
         return run | dict(state="finished")
     except KeyError as e:
@@ -253,7 +253,7 @@ def figure(runs: list[dict], path: Path) -> list[str]:
     out."""
     groups = {}
     for run in runs:
-        if all(math.isfinite(run[k])
+        if all(run[k] is not None and math.isfinite(run[k])
                for k in ("loss", "estimated", "sparsity")) and run["tokens"] and run["train_s"]:
             groups.setdefault(group_key(run),
                               []).append(run | dict(time=1e6 * run["train_s"] / run["tokens"]))

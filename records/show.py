@@ -1,9 +1,10 @@
 """What train_gpt_skip.py shows of a run and what changes nothing in it: the plan that --dry_run prints, the
-opening lines, the plot and warnings; and, at the end, what a step costs beside a dense one, other numbers
-of summary.json, and the closing lines.
+opening lines, the plot and warnings; and, at the end, the closing lines and those numbers of summary.json
+that are measured then, or estimated.
 
 The script finds it here beside itself; a copy of the script without this file trains too, and shows less.
 """
+import dataclasses
 import math
 import os
 import shutil
@@ -19,7 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt_skip as tgs  # noqa: E402 (the running script, where that is what imports this)
 
 
-# ---- before: the plan -------------------------------------------------------------------------------------
+def dense(cfg: tgs.Config) -> tgs.Config:
+    """The same model without routers."""
+    return dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.OF_CONTROL))
+
+
+# ---- before: the plan, and the log's first lines ----------------------------------------------------------
 
 def print_plan(trainer: tgs.Trainer):
     """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
@@ -180,7 +186,7 @@ def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
     cfg, rt, model, parallel = trainer.cfg, trainer.rt, trainer.model, trainer.parallel
     batch = trainer.loader.read(0)
     gradients = torch.zeros(trainer.parameters, device=rt.device)
-    variants = {"gated_step": (cfg, model), "dense_step": (cfg.dense(), model)}
+    variants = {"gated_step": (cfg, model), "dense_step": (dense(cfg), model)}
     among_ranks = {"averaged_step": (cfg, parallel), "all_reduce": (cfg, parallel)}
     variants |= among_ranks if rt.world > 1 else {}
     seconds = {name: [] for name in variants}
@@ -202,7 +208,7 @@ def step_seconds(trainer: tgs.Trainer, rounds: int = 5) -> dict:
 def closing_lines(s: dict, cfg: tgs.Config, record: Path):
     """What summary.json, s, says to a person; and what to do next with the record."""
     if cfg.gated:
-        full = tgs.realised_flops(cfg.dense(), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
+        full = tgs.realised_flops(dense(cfg), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
         yield f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped each block, in validation"
         yield from bars(s["gate_zero"])
         yield (f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g} realised, {full:.3g} dense "

@@ -7,7 +7,7 @@
 A row is a setting, recorded once a seed under records/frontier; interrupted runs go on. All sides of a
 comparison are run seed by seed, on one thread: several may run at once, since losses do not depend on what
 else runs, and costs are not taken from these runs but from `time` and from exact FLOPs. `time` needs the
-weights of gated rows, which git ignores: rows whose weights are not there are left out.
+weights of gated rows, which git ignores: a seed without weights counts with the mean of its row's others.
 
 Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense
 models. *Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks reaches; rows of
@@ -45,13 +45,14 @@ ROWS = {  # name: (what it is, flags)
 }
 MUON = {  # the same with Muon for the blocks' matrices, and more of them
     **ROWS,
+    "dense_10": (DENSE, "--control dense --n_layers 10"),
     "gated_8_0.5": ("half of the tokens in the middle", "--mean_target_end 0.5"),
     "gated_8_0.125": ("an eighth of the tokens in the middle", "--mean_target_end 0.125"),
     "gated_8_0.125_gamma0.003": ("an eighth of the tokens in the middle, a tenth of the coefficient update",
                                  "--mean_target_end 0.125 --coef_update 0.003"),
     "gated_12_0.25": ("12 blocks, a quarter in the middle", "--n_layers 12 --mean_target_end 0.25"),
-    "released_8_0.25": ("gated_8_0.25 with keys that no gate masks, as the authors' code has it (computes all "
-                        "tokens; FLOPs are of that)",
+    "released_8_0.25": ("gated_8_0.25 with keys that no gate masks, as the authors' code has it (which "
+                        "computes all tokens: FLOPs are of that)",
                         "--mean_target_end 0.25 --gate_attention none --compute masked"),
     "pre_8_0.25": ("gated_8_0.25 with pre-norm", "--mean_target_end 0.25 --norm pre"),
     "pre_dense_8": ("dense with pre-norm", "--control dense --norm pre"),
@@ -75,17 +76,30 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
     "muon_quantile_w0.5": "Muon: targets as in muon_prop_w0.5, a running quantile of the scores as "
                           "threshold, gates linear over a quarter of the open tokens",
     "muon_quantile_w0.1": "Muon: muon_quantile_w0.5, targets falling over the first tenth",
+    "muon_late_dense_8": "Muon: dense, the 4 middle blocks run by nobody for the first 0.4 of the steps, "
+                         "then opened as the identity (their output norms start at 0)",
+    "muon_late_gated_8_0.25": "Muon: gated_8_0.25_gamma0.003, the middle opened as in muon_late_dense_8",
+    "muon_wsd_dense_8": "Muon: dense, a constant rate to 0.6 of the steps, then linear to 0",
+    "muon_noise_8_0.25": "Muon: gated_8_0.25_gamma0.003, normal noise of 0.5 on the routers' scores in "
+                         "training, falling with the rate",
 }
 
 # ---- running ----------------------------------------------------------------------------------------------
 
+def on_line(row: str) -> bool:
+    """Is it a point of a dense line?"""
+    return re.fullmatch(r"(muon_)?dense_\d+", row) is not None
+
+
+def row_of(record: str) -> tuple[str, int]:
+    """(row, seed) of a record's name."""
+    name, seed = re.fullmatch(r"[\d_-]{20}(.+)_seed(\d+)(?:_\d+)?", record).groups()
+    return name, int(seed)
+
+
 def recorded(folder: Path) -> dict[tuple[str, int], Path]:
     """Records of rows by (row, seed); the newest of each."""
-    found = {}
-    for path in sorted(folder.glob("????-??-??_??-??-??_*_seed*")):
-        name, seed = re.fullmatch(r"[\d_-]{20}(.+)_seed(\d+)(_\d+)?", path.name).group(1, 2)
-        found[name, int(seed)] = path
-    return found
+    return {row_of(path.name): path for path in sorted(folder.glob("????-??-??_??-??-??_*_seed*"))}
 
 
 def summary_of(record: Path) -> dict:
@@ -122,40 +136,37 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
 # ---- timing -----------------------------------------------------------------------------------------------
 
 def measure(rows: list[str], rounds: int, folder: Path) -> int:
-    """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, of a seed of
-    each row whose weights are here (a dense row's may be new: its time does not depend on them), on the same
-    validation text, in turn in this process: medians, and ratios to the dense model of 8 blocks."""
+    """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, of each
+    dense model, by row (with new weights: they do not matter), and of each other seed whose weights are here,
+    by record; on the same validation text, in turn in this process: medians, and ratios to dense_8's."""
     sys.path.insert(0, str(HERE.parent))
     import torch
     import train_gpt_skip as tgs
-    found, sides, of = recorded(folder), {}, {}
-    for row in rows:
-        seeds = [path for (name, _), path in found.items() if name == row]
-        here = [path for path in seeds if (path / "model.safetensors").exists()]
-        if not (here or seeds and "dense" in row):
-            print(f"tracks.py: {row} is left out: no weights of it are here")
-            continue
-        record = (here or seeds)[0]
+    torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    todo, sides = {row: row for row in [*filter(on_line, rows), "dense_8"]}, {}
+    todo |= {path.name: row for (row, _), path in recorded(folder).items()
+             if row in rows and not on_line(row) and (path / "model.safetensors").exists()}
+    for row in sorted(set(rows) - set(todo.values())):
+        print(f"tracks.py: {row} is left out: no weights of it are here")
+    for name, row in todo.items():
         _, given = tgs.parse_settings(tgs.Parser(), [*BASE, *ROWS[row][1].split()])
-        cfg, weights = tgs.resolve(given | ({"init_from": str(record)} if here else {}), tgs.GATE_FIELDS)
-        rt, of[row] = tgs.Runtime(cfg), record.name
-        model = tgs.build_model(cfg, rt, weights, str(record))
+        record = {} if name == row else {"init_from": str(folder / name)}
+        cfg, weights = tgs.resolve(given | record, tgs.GATE_FIELDS)
+        rt = tgs.Runtime(cfg)
+        model = tgs.build_model(cfg, rt, weights, name)
         optimizers = tgs.make_optimizers(model, cfg).values()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 0.0
-        sides[row] = model, optimizers
-    if "dense_8" not in sides:
-        print("tracks.py: error: dense_8, the unit of all costs, is not recorded or not in --rows",
-              file=sys.stderr)
-        return 2
+        sides[name] = model, optimizers
     shards, T = tgs.Shards(cfg, "val"), cfg.max_seq_len
     places = tgs.sequences(shards, cfg)
-    seconds = {row: ([], []) for row in sides}
+    seconds = {name: ([], []) for name in sides}
     for i in range(rounds + 2):
         first = i * cfg.device_batch_size % (len(places) - cfg.device_batch_size)
         batch = torch.stack([shards.window(*place, T + 1)
                              for place in places[first:first + cfg.device_batch_size]])
-        for row, (model, optimizers) in sides.items():
+        for name, (model, optimizers) in sides.items():
             def forward():
                 with torch.no_grad():
                     model(batch[:, :-1], batch[:, 1:])
@@ -166,17 +177,17 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
-            for into, what in zip(seconds[row], (forward, step)):
+            for into, what in zip(seconds[name], (forward, step)):
                 start = time.perf_counter()
                 what()
                 into.append(time.perf_counter() - start)
-    times = {row: dict(zip(("forward", "train"), (median(s[2:]) for s in both)))  # the first two compile
-             for row, both in seconds.items()}
-    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "of": of, "seconds": times}
+    times = {name: dict(zip(("forward", "train"), (median(s[2:]) for s in both)))  # the first two compile
+             for name, both in seconds.items()}
+    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "seconds": times}
     path = tgs.make_folder(folder, "times") / "times.json"
     tgs.write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
-    for row, t in times.items():
-        print(f"{row:16s}" + "".join(f"  {k} {t[k] / times['dense_8'][k]:.3f} of dense_8's" for k in t))
+    for name, t in times.items():
+        print(f"{name:60s}" + "".join(f"  {k} {t[k] / times['dense_8'][k]:.3f} of dense_8's" for k in t))
     print(f"record: {path.parent}")
     return 0
 
@@ -202,18 +213,22 @@ def survival(t: float, df: float) -> float:
 def gather(folder: Path) -> dict[str, dict]:
     """Rows by name: losses of the finished seeds, mean costs, blocks, date, and `dense`: is it a point of a
     dense line?"""
-    rows, times = {}, {}  # of a row the newest times, in units of dense_8's of the same record
+    rows, times, seeds = {}, {}, {}  # the newest times of a row or record, over dense_8's of that measurement
     for path in sorted(folder.glob("*_times/times.json")):
         seconds = json.loads(path.read_text())["seconds"]
         times |= {name: {k: t[k] / seconds["dense_8"][k] for k in t} for name, t in seconds.items()}
+    for name in filter(lambda name: name[0].isdigit(), times):  # a record's
+        seeds.setdefault(row_of(name)[0], []).append(times[name])
+    for row, of_seeds in seeds.items():  # for seeds whose weights were not there
+        times[row] = {k: mean(t[k] for t in of_seeds) for k in of_seeds[0]}
     for (name, seed), path in sorted(recorded(folder).items()):
         if not (s := summary_of(path))["interrupted"]:
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
             row["losses"].append(s["cross_entropy"])
             row["records"].append(path.name)
-            row |= dict(dense=re.fullmatch(r"(muon_)?dense_\d+", name) is not None, n_layers=s["n_layers"], steps=s["step"],
+            row |= dict(dense=on_line(name), n_layers=s["n_layers"], steps=s["step"],
                         date=path.name[:10], line="Muon" if name.startswith("muon_") else "AdamW")
-            timed = times.get(name, {})
+            timed = times.get(path.name, times.get(name, {}))
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]), ("forward time", timed.get("forward")),
                                 ("training time", timed and timed["train"] * s["step"] or None)):
