@@ -1238,6 +1238,15 @@ def test_the_plot_is_drawn_at_each_validation(tmp_path, corpus, monkeypatch):
     assert [e["step"] for e in drawn] == [0, 2, 4, 5] and {e["kind"] for e in drawn} == {"val"}
 
 
+@pytest.mark.parametrize("losses, closed, said", [
+    ([2.0, 1.0], 0.0, "collapse to dense"), ([2.0, 1.0], 0.3, None), ([2.0, 2.2], 0.3, "divergence"),
+    ([2.0, 1.0, 1.3], 0.3, "collapse of performance"), ([2.0, 1.0, 1.1], 0.3, None)])
+def test_the_papers_ways_to_fail_are_named_in_the_log(losses, closed, said):
+    history = [dict(step=i, cross_entropy=ce, gate_zero=[0.0, closed]) for i, ce in enumerate(losses)]
+    warning = show.failure_signature(Config(**TINY | dict(num_steps=len(losses) - 1)), history)
+    assert warning is None if said is None else warning.startswith(said)
+
+
 def test_a_copy_of_the_script_alone_in_a_folder_trains_and_writes_its_record(tmp_path, corpus):
     """All but the plot, the step's times and the plan of --dry_run, which records/show.py makes: that is said
     in one line. The project's tools read the record."""
@@ -2819,6 +2828,9 @@ def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hu
                     "pre_dense_8": "does not beat", "wide": "does not beat", "few": "too few seeds"}
     assert [line[0] for line in tracks.table(rows)[1:]][0] == "dense_8"
     assert tracks.verdict(rows["good"], rows, "forward time") == "-"  # not measured
+    dense = tracks.dense_line(rows, "AdamW", "forward FLOPs")
+    assert tracks.shares(1.04, dense, "forward FLOPs") == pytest.approx({"dense_4": -0.08, "dense_8": 1.08})
+    assert tracks.shares(1.06, dense, "forward FLOPs") is tracks.shares(0.49, dense, "forward FLOPs") is None
 
 
 def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_its_rows_others(tmp_path):
@@ -2833,6 +2845,21 @@ def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_
             {"seconds": {name: {"forward": t, "train": 2 * t} for name, t in seconds.items()}}))
     each = tracks.gather(tmp_path)["good"]["each"]
     assert each["forward time"] == pytest.approx([0.5, 0.6, 0.7]) and each["training time"] == [0.5, 0.6, 0.7]
+
+
+def test_tracks_time_dense_rows_and_every_seed_whose_weights_are_there(tmp_path, corpus, monkeypatch, capsys):
+    _, tracks = load_report_and_tracks()
+    monkeypatch.setattr(tracks, "BASE", flags(corpus, tmp_path, device_batch_size=1, batch_size=1))
+    for seed in range(2):
+        assert tgs.main(flags(corpus, tmp_path, mean_target_end=0.25, seed=seed,
+                              name=f"gated_8_0.25_seed{seed}")) == 0
+    command = ["time", "--rounds", "1", "--rows", "gated_8_0.25", "dense_4", "random_8_0.25", "--records_dir"]
+    assert tracks.main([*command, str(tmp_path)]) == 0
+    assert "random_8_0.25 is left out" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*_times/times.json")
+    seconds = json.loads(path.read_text())["seconds"]
+    assert seconds.keys() == {"dense_4", "dense_8", *(r.name for r in tmp_path.glob("*_seed?"))}
+    assert all(t["forward"] > 0 and t["train"] > 0 for t in seconds.values())
 
 
 def test_tracks_run_what_is_not_recorded_seed_by_seed_and_resume_what_was_interrupted(tmp_path, monkeypatch,

@@ -45,7 +45,6 @@ ROWS = {  # name: (what it is, flags)
 }
 MUON = {  # the same with Muon for the blocks' matrices, and more of them
     **ROWS,
-    "dense_10": (DENSE, "--control dense --n_layers 10"),
     "gated_8_0.5": ("half of the tokens in the middle", "--mean_target_end 0.5"),
     "gated_8_0.125": ("an eighth of the tokens in the middle", "--mean_target_end 0.125"),
     "gated_8_0.125_gamma0.003": ("an eighth of the tokens in the middle, a tenth of the coefficient update",
@@ -253,10 +252,11 @@ def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
 
 
 def shares(x: float, dense: list[dict], cost: str) -> dict[str, float] | None:
-    """The line through the dense rows at cost x, as their weights in it by name; None beyond their range."""
+    """The line through the dense rows at cost x, as their weights in it by name; None beyond their range, but
+    for a twentieth above it, where the last segment goes on (below the convex curve: this favours dense)."""
     for a, b in zip(dense, dense[1:]):
         low, high = a["costs"][cost], b["costs"][cost]
-        if low <= x <= high:
+        if low <= x <= high * (1.05 if b is dense[-1] else 1):
             w = (x - low) / (high - low)
             return {a["name"]: 1 - w, b["name"]: w}
     return None
@@ -275,7 +275,7 @@ def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, fl
                    for loss, line in zip(row["losses"], lines)]
     weights = {r["name"]: mean(line.get(r["name"], 0.0) for line in lines) for r in dense}
     sides = [(1.0, stdev(differences) if row["n"] > 1 else math.nan, row["n"])]
-    sides += [(weights[r["name"]], r["sd"], r["n"]) for r in dense if weights[r["name"]] > 0]
+    sides += [(weights[r["name"]], r["sd"], r["n"]) for r in dense if weights[r["name"]]]
     seeds = min(n for _, _, n in sides)
     if seeds < 2:
         return mean(differences), math.nan, seeds
