@@ -120,7 +120,8 @@ def plot(events: list[dict], cfg: tgs.Config, path: Path):
         ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    tgs.write_atomically(path, lambda f: fig.savefig(f, dpi=120, format="png"))
+    tgs.write_atomically(path, lambda f: fig.savefig(f, dpi=100, format="png",
+                                                     pil_kwargs=dict(optimize=True)))
     plt.close(fig)
 
 

@@ -64,6 +64,9 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
                             "--control sparsity_variance"),
     "sparsity_variance_l2_8_0.25": ("Table 1's squared deviations from the targets",
                                     "--mean_target_end 0.25 --control sparsity_variance_l2"),
+    "sparsity_variance_l2_8_0.25_coef3": (
+        "the same with coefficients of 3 for 0.1",
+        "--mean_target_end 0.25 --control sparsity_variance_l2 --mean_coef_init 3 --var_coef_init 3"),
 }
 ROWS |= {f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon")
          for name, (it_is, flags) in MUON.items()}
