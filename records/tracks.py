@@ -81,7 +81,6 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
     "muon_late_dense_8": "Muon: dense, the 4 middle blocks run by nobody for the first 0.4 of the steps, "
                          "then opened as the identity (their output norms start at 0)",
     "muon_late_gated_8_0.25": "Muon: gated_8_0.25_gamma0.003, the middle opened as in muon_late_dense_8",
-    "muon_wsd_dense_8": "Muon: dense, a constant rate to 0.6 of the steps, then linear to 0",
     "muon_noise_8_0.25": "Muon: gated_8_0.25_gamma0.003, normal noise of 0.5 on the routers' scores in "
                          "training, falling with the rate",
 }
