@@ -2855,13 +2855,16 @@ def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_
     for seed in range(3):
         frontier_record(tmp_path, "dense_8", seed, 1.0)
     seeds = [frontier_record(tmp_path, "good", seed, 1.0, "proportional", 0.75).name for seed in range(3)]
-    for day, unit, good in ((1, 1.0, {}), (2, 2.0, {seeds[0]: 1.0, seeds[2]: 1.4})):  # the newest counts
-        seconds = {"dense_8": unit, "good": 9.0} if day == 1 else {"dense_8": unit} | good
+    both = lambda t: {"forward": t, "train": 2 * t}  # noqa: E731
+    for day, content in enumerate((  # the newest counts; the first records of times have no ratios
+            {"seconds": {"dense_8": both(1.0), "good": both(9.0)}},
+            {"seconds": {"dense_8": both(2.0), seeds[0]: both(1.0), seeds[2]: both(1.8)}},
+            {"seconds": {}, "ratios": {seeds[2]: {"forward": 0.7, "train": 0.7}}}), 1):
         (folder := tmp_path / f"2026-11-0{day}_00-00-00_times").mkdir()
-        (folder / "times.json").write_text(json.dumps(
-            {"seconds": {name: {"forward": t, "train": 2 * t} for name, t in seconds.items()}}))
+        (folder / "times.json").write_text(json.dumps(content))
     each = tracks.gather(tmp_path)["good"]["each"]
-    assert each["forward time"] == pytest.approx([0.5, 0.6, 0.7]) and each["training time"] == [0.5, 0.6, 0.7]
+    assert each["forward time"] == pytest.approx([0.5, 0.6, 0.7])
+    assert each["training time"] == pytest.approx([0.5, 0.6, 0.7])
 
 
 def test_tracks_time_dense_rows_and_every_seed_whose_weights_are_there(tmp_path, corpus, monkeypatch, capsys):
@@ -2874,7 +2877,9 @@ def test_tracks_time_dense_rows_and_every_seed_whose_weights_are_there(tmp_path,
     assert tracks.main([*command, str(tmp_path)]) == 0
     assert "random_8_0.25 is left out" in capsys.readouterr().out
     (path,) = tmp_path.glob("*_times/times.json")
-    seconds = json.loads(path.read_text())["seconds"]
+    content = json.loads(path.read_text())
+    seconds, ratios = content["seconds"], content["ratios"]
+    assert ratios.keys() == seconds.keys() and ratios["dense_8"] == {"forward": 1.0, "train": 1.0}
     assert seconds.keys() == {"dense_4", "dense_8", *(r.name for r in tmp_path.glob("*_seed?"))}
     assert all(t["forward"] > 0 and t["train"] > 0 for t in seconds.values())
 

@@ -139,7 +139,8 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
 def measure(rows: list[str], rounds: int, folder: Path) -> int:
     """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, of each
     dense model, by row (with new weights: they do not matter), and of each other seed whose weights are here,
-    by record; on the same validation text, in turn in this process: medians, and ratios to dense_8's."""
+    by record; on the same validation text, in turn in this process: medians, and the medians of the rounds'
+    ratios to dense_8's (a machine that drifts moves both sides of a round)."""
     sys.path.insert(0, str(HERE.parent))
     import torch
     import train_gpt_skip as tgs
@@ -182,13 +183,15 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
                 start = time.perf_counter()
                 what()
                 into.append(time.perf_counter() - start)
-    times = {name: dict(zip(("forward", "train"), (median(s[2:]) for s in both)))  # the first two compile
-             for name, both in seconds.items()}
-    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "seconds": times}
+    kept = {name: {"forward": both[0][2:], "train": both[1][2:]} for name, both in seconds.items()}  # the first
+    ratios = {name: {k: median(a / b for a, b in zip(s[k], kept["dense_8"][k])) for k in s}  # two compile
+              for name, s in kept.items()}
+    content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "ratios": ratios,
+               "seconds": {name: {k: median(s[k]) for k in s} for name, s in kept.items()}}
     path = tgs.make_folder(folder, "times") / "times.json"
     tgs.write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
-    for name, t in times.items():
-        print(f"{name:60s}" + "".join(f"  {k} {t[k] / times['dense_8'][k]:.3f} of dense_8's" for k in t))
+    for name, r in ratios.items():
+        print(f"{name:60s}" + "".join(f"  {k} {r[k]:.3f} of dense_8's" for k in r))
     print(f"record: {path.parent}")
     return 0
 
@@ -216,8 +219,10 @@ def gather(folder: Path) -> dict[str, dict]:
     dense line?"""
     rows, times, seeds = {}, {}, {}  # the newest times of a row or record, over dense_8's of that measurement
     for path in sorted(folder.glob("*_times/times.json")):
-        seconds = json.loads(path.read_text())["seconds"]
-        times |= {name: {k: t[k] / seconds["dense_8"][k] for k in t} for name, t in seconds.items()}
+        content = json.loads(path.read_text())
+        seconds = content["seconds"]  # the first records have no ratios
+        times |= content.get("ratios") or {
+            name: {k: t[k] / seconds["dense_8"][k] for k in t} for name, t in seconds.items()}
     for name in filter(lambda name: name[0].isdigit(), times):  # a record's
         seeds.setdefault(row_of(name)[0], []).append(times[name])
     for row, of_seeds in seeds.items():  # for seeds whose weights were not there
