@@ -70,7 +70,7 @@ class Config:
     """All settings of a run; None means that the value follows from the others. Raises UserError."""
     # model
     dim: int = flag(768, "width d of the residual stream")
-    n_layers: int = flag(12, "number of blocks L; even")
+    n_layers: int = flag(12, "number of blocks L; even, unless dense")
     n_heads: int = flag(12, "query heads; divides dim")
     n_kv_heads: int | None = flag(None, "key and value heads; divides n_heads (default: n_heads)")
     vocab_size: int = flag(50257, "number of tokens in the vocabulary")
@@ -131,7 +131,7 @@ class Config:
     # what follows from them
     head_dim = property(lambda self: self.dim // self.n_heads)
     hidden_dim = property(lambda self: int(self.ffn_dim_multiplier * self.dim))
-    n_levels = property(lambda self: self.n_layers // 2)
+    n_levels = property(lambda self: (self.n_layers + 1) // 2)
     n_routers = property(lambda self: 0 if self.control in ("dense", "random") else self.n_levels)
     gated = property(lambda self: self.control != "dense")
     step_tokens = property(lambda self: self.batch_size * self.max_seq_len)
@@ -150,7 +150,8 @@ class Config:
 
     def rules(self):
         L, d, H = self.n_layers, self.dim, self.n_heads
-        yield L % 2 == 0, f"--n_layers {L} must be even: blocks are gated in opposing pairs; try {L + 1}"
+        yield L % 2 == 0 or self.control == "dense", (
+            f"--n_layers {L} must be even: blocks are gated in opposing pairs; try {L + 1}")
         yield d % H == 0, f"--dim {d} is not a multiple of --n_heads {H}; try --dim {-(-d // H) * H}"
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
@@ -655,10 +656,12 @@ class MiddleSkippingTransformer(nn.Module):
         x = self.block(l, x, g, layout, cache)
         if stats is not None:
             stats.append(self.lowered(x, cache)(gate_sums)(g, layout))
+        mirror = self.cfg.n_layers - 1 - l  # (the block itself in the middle of an odd dense model)
         if depth is not None:
-            depth[layout.row] += 2 if g is None else 2 * (g[:len(layout.row)] > 0)
-        x = self.span(x, S, layout, l + 1, depth, stats, cache)
-        x = self.block(self.cfg.n_layers - 1 - l, x, g, layout, cache)
+            depth[layout.row] += (1 + (mirror > l)) * (1 if g is None else g[:len(layout.row)] > 0)
+        if mirror > l:
+            x = self.span(x, S, layout, l + 1, depth, stats, cache)
+            x = self.block(mirror, x, g, layout, cache)
         return x if keep is None else self.lowered(keep, cache)(put_back)(h, keep, x)
 
     def gates(self, h: Tensor, S: Tensor, l: int, cache) -> tuple[Tensor, Tensor | None]:
@@ -757,17 +760,17 @@ def moments(stats: Tensor, n: int) -> Tensor:
     return torch.stack((mean, stats[:, 1] / n - mean.square()))
 
 
-def mirrored(x) -> list[float]:
-    """Values of the first L/2 layers (a tensor) to those of all L."""
+def mirrored(x: Tensor, cfg: Config) -> list[float]:
+    """Values of the levels to those of all L layers."""
     x = x.tolist()
-    return x + x[::-1]
+    return x + x[:cfg.n_layers // 2][::-1]
 
 
-def gate_report(stats: Tensor, n: int) -> dict:
+def gate_report(cfg: Config, stats: Tensor, n: int) -> dict:
     """What the records say of the gates: mean, variance, and share that is exactly 0, each of L layers."""
     mean, var = moments(stats, n)
-    return {"gate_mean": mirrored(mean), "gate_var": mirrored(var),
-            "gate_zero": mirrored(1 - stats[:, 2] / n)}
+    return {"gate_mean": mirrored(mean, cfg), "gate_var": mirrored(var, cfg),
+            "gate_zero": mirrored(1 - stats[:, 2] / n, cfg)}
 
 
 def mean_targets(cfg: Config) -> list[float]:
@@ -824,7 +827,8 @@ def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> floa
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
     rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
     weights = cfg.dim * (2 * cfg.dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.hidden_dim)  # of a block
-    blocks = 2 * (2 * rows * weights + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
+    times = torch.tensor([2.0] * (cfg.n_layers // 2) + [1.0] * (cfg.n_layers % 2))  # level l and its mirror
+    blocks = (times * (2 * rows * weights + 4 * cfg.dim * stats[:, 3])).sum()
     routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.n_routers else 0.0
     return float(blocks + routers + 2 * (n if heads is None else heads) * cfg.dim * cfg.vocab_size)
 
@@ -1429,8 +1433,8 @@ class Trainer:
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
             "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
             "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
-            **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
-            "var_coef": mirrored(self.control.coef[1])}
+            **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0], cfg),
+            "var_coef": mirrored(self.control.coef[1], cfg)}
         if rt.world > 1:  # active tokens of the busiest rank, in units of the mean over ranks
             event["rank_imbalance"] = (active.max() / active.mean()).item() if active.any() else 1.0
         return rounded(event)

@@ -64,7 +64,7 @@ def evaluate_text(model: MiddleSkippingTransformer, rt: tgs.Runtime, path: str) 
         raise UserError(f"--text {path} is empty")
     losses, stats = token_losses(model, rt, rows)
     nats, n = sum(x.sum().item() for x in losses), len(tokens) - 1
-    sparsity = mean(tgs.gate_report(stats, n)["gate_zero"])
+    sparsity = mean(tgs.gate_report(cfg, stats, n)["gate_zero"])
     bits = nats / math.log(2) / len(text.encode())
     return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {bits:.4f} bits a byte, "
             f"sparsity {sparsity:.4f}, {n} tokens")

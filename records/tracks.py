@@ -58,6 +58,16 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
     "adaptive_8_0.25": ("Table 1's adaptive control", "--mean_target_end 0.25 --control adaptive"),
     "derivative_8_0.25": ("Table 1's proportional-derivative control",
                           "--mean_target_end 0.25 --control proportional_derivative"),
+    "derivative_6_0.25": ("6 blocks, Table 1's proportional-derivative control",
+                          "--n_layers 6 --mean_target_end 0.25 --control proportional_derivative"),
+    "derivative_6_0.5": ("6 blocks, half of the tokens in the middle, Table 1's proportional-derivative control",
+                         "--n_layers 6 --mean_target_end 0.5 --control proportional_derivative"),
+    "derivative_4_0.25": ("4 blocks, Table 1's proportional-derivative control",
+                          "--n_layers 4 --mean_target_end 0.25 --control proportional_derivative"),
+    "derivative_4_0.5": ("4 blocks, half of the tokens in the middle, Table 1's proportional-derivative control",
+                         "--n_layers 4 --mean_target_end 0.5 --control proportional_derivative"),
+    "dense_3": (DENSE, "--control dense --n_layers 3"),
+    "dense_5": (DENSE, "--control dense --n_layers 5"),
     "none_8": ("gates that nothing closes", "--control none"),
     "sparsity_8": ("Table 1's fixed coefficient of the mean", "--control sparsity"),
     "sparsity_variance_8": ("Table 1's fixed coefficients of mean and variance",
@@ -183,8 +193,9 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
                 start = time.perf_counter()
                 what()
                 into.append(time.perf_counter() - start)
-    kept = {name: {"forward": both[0][2:], "train": both[1][2:]} for name, both in seconds.items()}  # the first
-    ratios = {name: {k: median(a / b for a, b in zip(s[k], kept["dense_8"][k])) for k in s}  # two compile
+    kept = {name: {"forward": forward[2:], "train": train[2:]}  # (the first two compile)
+            for name, (forward, train) in seconds.items()}
+    ratios = {name: {k: median(a / b for a, b in zip(s[k], kept["dense_8"][k])) for k in s}
               for name, s in kept.items()}
     content = {"env": tgs.environment(rt, {"val": shards}), "rounds": rounds, "ratios": ratios,
                "seconds": {name: {k: median(s[k]) for k in s} for name, s in kept.items()}}
