@@ -1105,6 +1105,11 @@ def test_a_checkpoint_goes_out_and_comes_back_in_every_layout(tmp_path, capsys):
         assert settings["dim"] == 16 and "layers.0.attention.wq.weight" in state
     assert export.main(["--checkpoint", str(hub), "--out", str(hub)]) == 2
     assert "name a new folder" in capsys.readouterr().err
+    odd = tmp_path / "odd"
+    export.HubModel(random_model(control="dense", n_layers=3)[1]).save_pretrained(odd)
+    out = ["--out", str(tmp_path / "none")]
+    assert export.main(["--checkpoint", str(odd), "--control", "dense", "--to", "released", *out]) == 2
+    assert "even numbers of blocks, not 3" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_checked(tmp_path, capsys):

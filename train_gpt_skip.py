@@ -1046,7 +1046,7 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
             watch(windows[:, :-1], depth)
     rt.sum(totals)
     tokens, stats = len(places) * T, totals[1:].view(-1, 4).cpu()
-    return {"cross_entropy": totals[0].item() / tokens, **gate_report(stats, tokens), "tokens": tokens,
+    return {"cross_entropy": totals[0].item() / tokens, **gate_report(cfg, stats, tokens), "tokens": tokens,
             "val_s": time.perf_counter() - start,
             "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
@@ -1433,7 +1433,8 @@ class Trainer:
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
             "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
             "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
-            **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0], cfg),
+            **gate_report(cfg, stats.cpu(), cfg.step_tokens),
+            "mean_coef": mirrored(self.control.coef[0], cfg),
             "var_coef": mirrored(self.control.coef[1], cfg)}
         if rt.world > 1:  # active tokens of the busiest rank, in units of the mean over ranks
             event["rank_imbalance"] = (active.max() / active.mean()).item() if active.any() else 1.0

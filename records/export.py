@@ -69,7 +69,7 @@ def write_json(settings: dict, folder: Path):
 def run(cfg: Config, weights: dict, args) -> int:
     folder = Path(args.out)
     if args.to == "released" and cfg.n_layers % 2:
-        raise UserError(f"--to released: the authors' models have an even number of blocks, not {cfg.n_layers}")
+        raise UserError(f"--to released: the authors' layout has even numbers of blocks, not {cfg.n_layers}")
     try:
         folder.mkdir(parents=True)
     except OSError as e:

@@ -58,14 +58,10 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
     "adaptive_8_0.25": ("Table 1's adaptive control", "--mean_target_end 0.25 --control adaptive"),
     "derivative_8_0.25": ("Table 1's proportional-derivative control",
                           "--mean_target_end 0.25 --control proportional_derivative"),
-    "derivative_6_0.25": ("6 blocks, Table 1's proportional-derivative control",
-                          "--n_layers 6 --mean_target_end 0.25 --control proportional_derivative"),
-    "derivative_6_0.5": ("6 blocks, half of the tokens in the middle, Table 1's proportional-derivative control",
-                         "--n_layers 6 --mean_target_end 0.5 --control proportional_derivative"),
-    "derivative_4_0.25": ("4 blocks, Table 1's proportional-derivative control",
-                          "--n_layers 4 --mean_target_end 0.25 --control proportional_derivative"),
-    "derivative_4_0.5": ("4 blocks, half of the tokens in the middle, Table 1's proportional-derivative control",
-                         "--n_layers 4 --mean_target_end 0.5 --control proportional_derivative"),
+    **{f"derivative_{L}_{target}": (
+        f"{L} blocks, {share} of the tokens in the middle, Table 1's proportional-derivative control",
+        f"--n_layers {L} --mean_target_end {target} --control proportional_derivative")
+       for L in (4, 6) for target, share in ((0.25, "a quarter"), (0.5, "half"))},
     "dense_3": (DENSE, "--control dense --n_layers 3"),
     "dense_5": (DENSE, "--control dense --n_layers 5"),
     "none_8": ("gates that nothing closes", "--control none"),
