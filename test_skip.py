@@ -881,11 +881,12 @@ def test_the_optimizers_groups_partition_the_parameters(optimizer):
         list(model.parameters()))
 
 
-def test_muon_is_torchs_for_the_blocks_matrices_and_the_rest_moves_as_adamws():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_muon_is_torchs_for_the_blocks_matrices_and_the_rest_moves_as_adamws(device):
     """Up to torch's bfloat16 in making an update orthogonal, over steps with momentum, decay and a rate that
     changes; of gradients that are well conditioned."""
     model, cfg = random_model(optimizer="muon", weight_decay=0.1)
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model.to(device))
     matrix = {n for n, p in model.named_parameters() if n.startswith("layers.") and p.ndim == 2}
     ours, its = tgs.make_optimizers(model, cfg), dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     theirs = [torch.optim.Muon([p for n, p in twin.named_parameters() if n in matrix],
