@@ -62,6 +62,8 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
         f"{L} blocks, {share} of the tokens in the middle, Table 1's proportional-derivative control",
         f"--n_layers {L} --mean_target_end {target} --control proportional_derivative")
        for L in (4, 6) for target, share in ((0.25, "a quarter"), (0.5, "half"))},
+    "gated_4_0.5": ("4 blocks, half of the tokens in the middle, the paper's rule",
+                    "--n_layers 4 --mean_target_end 0.5"),
     "dense_3": (DENSE, "--control dense --n_layers 3"),
     "dense_5": (DENSE, "--control dense --n_layers 5"),
     "none_8": ("gates that nothing closes", "--control none"),
@@ -76,6 +78,9 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
 }
 ROWS |= {f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon")
          for name, (it_is, flags) in MUON.items()}
+SHORT = "--optimizer muon --batch_size 8 --device_batch_size 8 --num_steps 1300"  # for the speedrun
+ROWS |= {f"muon_b8_{name}": (f"Muon: {MUON[name][0]}, 1,300 steps of 8 sequences", f"{MUON[name][1]} {SHORT}")
+         for name in ("dense_6", "derivative_6_0.5")}
 TRIED = {  # settings that were no gain and are no flag: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
@@ -87,6 +92,9 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
     "muon_late_dense_8": "Muon: dense, the 4 middle blocks run by nobody for the first 0.4 of the steps, "
                          "then opened as the identity (their output norms start at 0)",
     "muon_late_gated_8_0.25": "Muon: gated_8_0.25_gamma0.003, the middle opened as in muon_late_dense_8",
+    "muon_leak1_8_0.25": "Muon: derivative_8_0.25, fully open gates too teach the router (straight through "
+                         "its ReLU)",
+    "muon_leak1_4_0.5": "Muon: derivative_4_0.5, fully open gates too teach the router",
     "muon_noise_8_0.25": "Muon: gated_8_0.25_gamma0.003, normal noise of 0.5 on the routers' scores in "
                          "training, falling with the rate",
 }
@@ -169,12 +177,14 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
         sides[name] = model, optimizers
     shards, T = tgs.Shards(cfg, "val"), cfg.max_seq_len
     places = tgs.sequences(shards, cfg)
+    most = max(model.cfg.device_batch_size for model, _ in sides.values())
     seconds = {name: ([], []) for name in sides}
     for i in range(rounds + 2):
-        first = i * cfg.device_batch_size % (len(places) - cfg.device_batch_size)
-        batch = torch.stack([shards.window(*place, T + 1)
-                             for place in places[first:first + cfg.device_batch_size]])
+        first = i * most % (len(places) - most)
+        windows = torch.stack([shards.window(*place, T + 1) for place in places[first:first + most]])
         for name, (model, optimizers) in sides.items():
+            batch = windows[:model.cfg.device_batch_size]
+
             def forward():
                 with torch.no_grad():
                     model(batch[:, :-1], batch[:, 1:])
@@ -188,7 +198,8 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
             for into, what in zip(seconds[name], (forward, step)):
                 start = time.perf_counter()
                 what()
-                into.append(time.perf_counter() - start)
+                of = most / len(batch) if what is forward else 1  # a forward pass of as many tokens for all
+                into.append((time.perf_counter() - start) * of)
     kept = {name: {"forward": forward[2:], "train": train[2:]}  # (the first two compile)
             for name, (forward, train) in seconds.items()}
     ratios = {name: {k: median(a / b for a, b in zip(s[k], kept["dense_8"][k])) for k in s}
