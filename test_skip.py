@@ -2859,6 +2859,21 @@ def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hu
     assert tracks.shares(1.06, dense, "forward FLOPs") is tracks.shares(0.49, dense, "forward FLOPs") is None
 
 
+def test_the_report_draws_which_tokens_skip_of_every_record_that_keeps_a_depth_table(tmp_path, capsys):
+    report, tracks = load_report_and_tracks()
+    for seed in range(3):
+        record = frontier_record(tmp_path / "frontier", "good", seed, 1.5, "proportional")
+        if seed:  # as `eval --depth` writes it
+            (record / "depth.json").write_text(json.dumps(
+                {"token": [["'a'", 2.0 + seed, 9], [repr("\n"), 1.0, 7], [f"'{seed}'", 4.0, 5]]}))
+    tables = tracks.depth_tables(tmp_path / "frontier")
+    assert [(name[-5:], table["'a'"]) for name, table in tables.items()] == [("seed1", (3.0, 9)),
+                                                                             ("seed2", (4.0, 9))]
+    assert report.main([str(tmp_path / "frontier"), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "letters.png").stat().st_size > 5000
+    assert "(letters.png)" in (tmp_path / "README.md").read_text()
+
+
 def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_its_rows_others(tmp_path):
     _, tracks = load_report_and_tracks()
     for seed in range(3):

@@ -344,6 +344,9 @@ def main(argv=None) -> int:
         text += [aligned(frontier), aligned(speedrun)]
         page = ["![the frontier: validation loss against cost](frontier.png)", markdown(frontier, {}),
                 "The speedrun:", markdown(speedrun, {}), *page]
+    if tables := tracks.depth_tables(args.out / "frontier"):
+        tracks.depth_figure(tables, args.out / "letters.png")
+        page.insert(1, "![which tokens skip, seed by seed](letters.png)")
     for folder, caption, rows in benches:
         text.append(caption + ("\n" + aligned(rows) if rows else ""))
         page.append(caption.replace(folder.name, links.get(folder.name, folder.name)) +

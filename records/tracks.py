@@ -14,6 +14,7 @@ models. *Speedrun*: the least training cost to reach TARGET, what the dense mode
 other numbers of steps belong to it alone.
 """
 import argparse
+import ast
 import json
 import math
 import os
@@ -392,6 +393,38 @@ def figure(rows: dict[str, dict], path: Path):
         ax.set_axisbelow(True)
     fig.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize=9,
                loc="outside right center")
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def depth_tables(folder: Path) -> dict[str, dict[str, tuple[float, int]]]:
+    """Mean depth and occurrences of tokens, by the name of each record that keeps a depth.json (`eval
+    --depth`)."""
+    return {path.name: {token: (depth, n) for token, depth, n
+                        in json.loads((path / "depth.json").read_text())["token"]}
+            for _, path in sorted(recorded(folder).items()) if (path / "depth.json").exists()}
+
+
+def depth_figure(tables: dict[str, dict[str, tuple[float, int]]], path: Path, most: int = 48):
+    """Which tokens skip, a line a record: the mean depth of the most frequent ones, the shallowest first."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    frequent = sorted(set.intersection(*map(set, tables.values())),
+                      key=lambda token: -sum(table[token][1] for table in tables.values()))[:most]
+    tokens = sorted(frequent, key=lambda token: mean(table[token][0] for table in tables.values()))
+    fig, ax = plt.subplots(figsize=(12, 1.4 + 0.26 * len(tables)), layout="constrained")
+    image = ax.imshow([[table[token][0] for token in tokens] for table in tables.values()], aspect="auto",
+                      cmap="viridis")
+    labels = {" ": "space", "\n": "line end"}
+    texts = [ast.literal_eval(token) for token in tokens]
+    ax.set_xticks(range(len(tokens)), [labels.get(text, text) for text in texts], family="monospace")
+    for tick, text in zip(ax.get_xticklabels(), texts):
+        tick.set_rotation(90 if text in labels else 0)
+    ax.set_yticks(range(len(tables)), ["{}, seed {}".format(*row_of(name)) for name in tables])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    fig.colorbar(image, label="mean depth (blocks)", pad=0.01)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
