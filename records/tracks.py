@@ -80,9 +80,10 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
 }
 ROWS = {name: (it_is, f"{flags} --optimizer adamw") for name, (it_is, flags) in ROWS.items()} | {
     f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon") for name, (it_is, flags) in MUON.items()}
-SHORT = "--optimizer muon --batch_size 8 --device_batch_size 8 --num_steps 1300"  # for the speedrun
-ROWS |= {f"muon_b8_{name}": (f"Muon: {MUON[name][0]}, 1,300 steps of 8 sequences", f"{MUON[name][1]} {SHORT}")
-         for name in ("dense_6", "derivative_8_0.25")}
+ROWS |= {f"muon_{prefix}_{name}": (  # for the speedrun
+             f"Muon: {MUON[name][0]}, {steps} steps of 8 sequences",
+             f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 --num_steps {steps}")
+         for prefix, steps in (("b8", 1300), ("b8_1600", 1600)) for name in ("dense_6", "derivative_8_0.25")}
 TRIED = {  # settings that were no gain and are no flag: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
@@ -96,7 +97,7 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
     "muon_late_gated_8_0.25": "Muon: gated_8_0.25_gamma0.003, the middle opened as in muon_late_dense_8",
     "muon_leak1_8_0.25": "Muon: derivative_8_0.25, fully open gates too teach the router (straight through "
                          "its ReLU)",
-    "muon_leak1_4_0.5": "Muon: derivative_4_0.5, fully open gates too teach the router",
+    "muon_slow_4_0.5": "Muon: derivative_4_0.5, the routers at a tenth of the rate",
     "muon_noise_8_0.25": "Muon: gated_8_0.25_gamma0.003, normal noise of 0.5 on the routers' scores in "
                          "training, falling with the rate",
 }
