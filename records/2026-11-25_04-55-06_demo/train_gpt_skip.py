@@ -3,8 +3,9 @@
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
-float32, torch 2.13, 12 blocks, d 384). Here is what can change a run or its record, in the paper's order;
-what looks at a finished run is a tool in records/. Three commands:
+float32, torch 2.13, 12 blocks, d 384). Here is what can change a run and what records it, in the paper's
+order; what draws, prints and measures it (records/show.py, which a copy of this file can do without) and what
+looks at a finished run is in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
     ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
@@ -12,10 +13,9 @@ what looks at a finished run is a tool in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, dataclasses, datetime, functools, glob, hashlib, json, math, os, platform
-import re, shlex, shutil, signal, subprocess, sys, time, warnings, zipfile
+import argparse, contextlib, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
+import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -25,9 +25,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file as load_safetensors, save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,9 +42,14 @@ class RankError(UserError):
     """What one rank may see alone: that rank says it. (What all ranks see is said once a machine.)"""
 
 
+class Divergence(Exception):
+    """A loss or gradient that is not finite. Exit status 3."""
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Configuration (Table 2). Every field is a flag of the same name.
 
+OF_CONTROL = "mean_coef_init", "var_coef_init", "coef_update"
 CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the coefficients never move)
     "dense": (0.0, 0.0, 0.0), "none": (0.0, 0.0, 0.0), "sparsity": (0.01, 0.0, 0.0),
     "sparsity_variance": (0.01, -0.01, 0.0), "sparsity_variance_l2": (0.1, 0.1, 0.0),
@@ -55,12 +62,15 @@ def flag(default, text, *choices, allow="above 0"):
     return dataclasses.field(default=default, metadata=dict(help=text, choices=choices or None, allow=allow))
 
 
+fraction = functools.partial(flag, allow="between 0 and 1")
+
+
 @dataclass
 class Config:
     """All settings of a run; None means that the value follows from the others. Raises UserError."""
     # model
     dim: int = flag(768, "width d of the residual stream")
-    n_layers: int = flag(12, "number of blocks L; even")
+    n_layers: int = flag(12, "number of blocks L; even, unless dense")
     n_heads: int = flag(12, "query heads; divides dim")
     n_kv_heads: int | None = flag(None, "key and value heads; divides n_heads (default: n_heads)")
     vocab_size: int = flag(50257, "number of tokens in the vocabulary")
@@ -75,43 +85,38 @@ class Config:
     compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
     control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
-    mean_target_start: float = flag(1.0, "target mean gate of the first block, 0 to 1",
-                                    allow="between 0 and 1")
-    mean_target_end: float = flag(0.5, "target mean gate of the middle blocks, 0 to 1",
-                                  allow="between 0 and 1")
+    mean_target_start: float = fraction(1.0, "target mean gate of the first block, 0 to 1")
+    mean_target_end: float = fraction(0.5, "target mean gate of the middle blocks, 0 to 1")
     mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)", allow="any")
     var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
     coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
-    tolerance: float = flag(0.01, "tolerance delta: smaller deviations do not move a coefficient",
-                            allow="at least 0")
+    tolerance: float = flag(0.01, "tolerance delta: smaller deviations move nothing", allow="at least 0")
     # data
     train_files: str = flag("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
     val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
     train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
     val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
     shuffle: bool = flag(False, "take a shard's sequences in a random order, seeded, new each pass")
-    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2",
-                                "bytes")
+    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2", "bytes")
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
-    # optimizer (AdamW) and schedule (linear warm-up, cosine decay)
+    # optimizer and schedule (linear warm-up, cosine decay)
+    optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
-    beta1: float = flag(0.8, "decay of AdamW's first moment", allow="between 0 and 1")
-    beta2: float = flag(0.95, "decay of AdamW's second moment", allow="between 0 and 1")
+    beta1: float = fraction(0.8, "decay of AdamW's first moment")
+    beta2: float = fraction(0.95, "decay of AdamW's second moment")
     eps: float = flag(1e-10, "AdamW epsilon")
     weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
-    num_steps: int | None = flag(None, "optimizer steps (default: one pass over the training tokens)",
-                                 allow="at least 0")
-    warmup_fraction: float = flag(0.1, "share of the steps that warms up", allow="between 0 and 1")
+    num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
+    warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
     config: str | None = flag(None, "start from the settings of a record's config.json (a file)")
     name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
-    seed: int = flag(0, "seed of the initial weights, of --shuffle and of --control random",
-                     allow="at least 0")
+    seed: int = flag(0, "seed of the initial weights, --shuffle and --control random", allow="at least 0")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
     dtype: str | None = flag(None, "of products (default: bfloat16 on cuda only)", "bfloat16", "float32")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
@@ -119,18 +124,24 @@ class Config:
     save_every: int = flag(1000, "steps between checkpoints")
     log_every: int = flag(1, "steps between lines of the log")
     metrics_every: int = flag(1, "steps between training events of metrics.jsonl")
-    target_loss: float | None = flag(None, "stop when the validation loss (nats a token) reaches this",
-                                     allow="any")
+    target_loss: float | None = flag(None, "stop at this validation loss (nats a token)", allow="any")
     records_dir: str = flag("records", "folder that holds the records")
     resume: str | None = flag(None, "a record's folder: go on from its last checkpoint")
     init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
+    # what follows from them
+    head_dim = property(lambda self: self.dim // self.n_heads)
+    hidden_dim = property(lambda self: int(self.ffn_dim_multiplier * self.dim))
+    n_levels = property(lambda self: (self.n_layers + 1) // 2)
+    n_routers = property(lambda self: 0 if self.control in ("dense", "random") else self.n_levels)
+    gated = property(lambda self: self.control != "dense")
+    step_tokens = property(lambda self: self.batch_size * self.max_seq_len)
+    tokeniser = property(lambda self: self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2"))
 
     def __post_init__(self):
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        alpha, beta, gamma = CONTROLS.get(self.control, (0, 0, 0))
-        self.mean_coef_init = alpha if self.mean_coef_init is None else self.mean_coef_init
-        self.var_coef_init = beta if self.var_coef_init is None else self.var_coef_init
-        self.coef_update = gamma if self.coef_update is None else self.coef_update
+        for name, value in zip(OF_CONTROL, CONTROLS.get(self.control, ())):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for f in dataclasses.fields(self):
             check_field(f, getattr(self, f.name))
         for ok, message in self.rules():
@@ -139,7 +150,8 @@ class Config:
 
     def rules(self):
         L, d, H = self.n_layers, self.dim, self.n_heads
-        yield L % 2 == 0, f"--n_layers {L} must be even: blocks are gated in opposing pairs; try {L + 1}"
+        yield L % 2 == 0 or self.control == "dense", (
+            f"--n_layers {L} must be even: blocks are gated in opposing pairs; try {L + 1}")
         yield d % H == 0, f"--dim {d} is not a multiple of --n_heads {H}; try --dim {-(-d // H) * H}"
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
@@ -156,41 +168,7 @@ class Config:
         yield CONTROLS[self.control][2] or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
 
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
 
-    @property
-    def hidden_dim(self):
-        return int(self.ffn_dim_multiplier * self.dim)
-
-    @property
-    def n_levels(self):
-        return self.n_layers // 2
-
-    @property
-    def tokeniser(self):
-        return self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
-
-    @property
-    def gated(self):
-        return self.control != "dense"
-
-    @property
-    def n_routers(self):
-        return 0 if self.control in ("dense", "random") else self.n_levels
-
-    @property
-    def step_tokens(self):
-        return self.batch_size * self.max_seq_len
-
-    def dense(self):
-        """The same model without routers."""
-        return dataclasses.replace(self, control="dense", mean_coef_init=None, var_coef_init=None,
-                                   coef_update=None)
-
-
-OF_CONTROL = {"mean_coef_init", "var_coef_init", "coef_update"}
 MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
 SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
 GATE_FIELDS = ["control", "mean_target_start", "mean_target_end", "seed"]  # what its gates follow from
@@ -201,8 +179,9 @@ PRESETS = {
     "demo": dict(
         dim=64, n_layers=8, n_heads=2, vocab_size=257, max_seq_len=256, encoding="bytes",
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=65536,
-        shuffle=True, batch_size=16, device_batch_size=16, lr=3e-3, num_steps=1000, val_every=100,
-        save_every=500, mean_target_end=0.25, coef_update=0.03, dtype="float32"),
+        shuffle=True, batch_size=16, device_batch_size=16, optimizer="muon", lr=3e-3, num_steps=600,
+        val_every=100, save_every=300, control="proportional_derivative", mean_target_end=0.25,
+        dtype="float32"),
 }
 
 
@@ -233,7 +212,7 @@ class Runtime:
 
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.main, local = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available() if cfg.device is None else cfg.device == "cuda"
         if cuda and local >= torch.cuda.device_count():
             raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
@@ -247,8 +226,6 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # float32 stays float32: a router in TF32 may open in decoding a gate that was closed in training
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-        else:
-            keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             store, timeout = next(dist.rendezvous("env://"))[0], datetime.timedelta(minutes=10)
             # torchrun's restarts share a store: hide old addresses
@@ -256,10 +233,6 @@ class Runtime:
                 store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank,
                                     world_size=self.world, timeout=timeout)
-
-    @property
-    def main(self):
-        return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over ranks, in place."""
@@ -274,22 +247,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def peak_memory(self) -> int:
-        """Bytes: of the CUDA allocator, or the peak resident set of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def keep_freed_memory():
-    """glibc gives large blocks back to the kernel, which clears them page by page when a step asks again: a
-    twentieth of a dense step's time, more of a sparse one's. Keep them."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
 
 # All that is ever compiled is run as lower(function)(...), where `lower` is one of these two.
 
@@ -300,19 +257,20 @@ def eager(function):
 @functools.cache
 def compiled(function):
     """One graph for all layers and all numbers of active tokens."""
+    import torch.fx.experimental._config as shapes
+    import torch._inductor.config as inductor
+    shapes.use_duck_shape = False  # a number of rows that equals another size does so by chance
+    # By default a norm's backward walks few rows in another way than many, which is another graph.
+    inductor.triton.mix_order_reduction_non_strict_mode = True
     return torch.compile(function, dynamic=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Norm and positions. Llama 3's: RMSNorm, and rotary embeddings on interleaved pairs (2i, 2i+1).
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
 
 
 def rope_table(cfg: Config) -> tuple[Tensor, Tensor]:
@@ -342,16 +300,15 @@ QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
 
 class Layout(NamedTuple):
-    """Which tokens the rows of a packed (n, ...) tensor are. Sequences are contiguous, positions ascend."""
-    seq: Tensor  # (n,) sequence of each row; rows that pad n to a multiple have a sequence of their own
-    pos: Tensor  # (n,) original position of each row in its sequence
-    row: Tensor  # (tokens,) row of the micro-batch that each came from
-    n: int  # rows that are tokens; any further ones are padding
-    counts: Tensor  # (sequences,) tokens of each sequence that are here
-    cos: Tensor  # (n, head_dim / 2) rotary angles
+    """Which tokens the rows of a packed tensor are: sequences ascend, positions in each too. Where a GPU
+    computes, further rows pad them to `padded_rows`: a sequence of their own, which nobody sees."""
+    seq: Tensor  # (n,) sequence of each token
+    pos: Tensor  # (n,) its position there
+    row: Tensor  # (n,) the row of the micro-batch that it came from
+    counts: Tensor  # (sequences + 1,) tokens of each sequence that are here; the last are padding, and 0
+    cos: Tensor  # (n or padded, head_dim / 2) rotary angles
     sin: Tensor
-    lengths: list[int] | None  # counts on the host (CPU)
-    mask: Callable[[], BlockMask] | None  # causal within a sequence, made when first asked for (CUDA)
+    tables: list[Tensor] | None  # `mask_tables` (CUDA)
     cache: object = None  # keys and values of earlier tokens (decoding)
 
     def pairs(self) -> Tensor:
@@ -359,15 +316,30 @@ class Layout(NamedTuple):
         return (self.counts * (self.counts + 1)).sum().double() / 2
 
 
-def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor]) -> Layout:
-    """The layout of n tokens; on CUDA with rows added, of sequence n_seqs, that nobody sees (`padded`)."""
-    n, flex = len(seq), uses_flex(seq.device)
-    counts = torch.zeros(n_seqs, dtype=torch.int64, device=seq.device)
-    counts = counts.index_add_(0, seq, torch.ones_like(seq))  # bincount would wait for the host
-    seq, pos = padded(seq, n_seqs), padded(pos, 0)
-    return Layout(seq, pos, row, n, counts, rope[0][pos], rope[1][pos],
-                  lengths=None if flex else counts.tolist(),
-                  mask=functools.cache(lambda: block_mask(seq)) if flex else None)
+def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor],
+                rows: int, flex: bool) -> Layout:
+    """The layout of n tokens in so many rows, n or padded."""
+    each = torch.arange(n_seqs + 1, device=seq.device)
+    counts = torch.searchsorted(seq, each, right=True) - torch.searchsorted(seq, each)
+    angle = padded(pos, rows, 0)
+    return Layout(seq, pos, row, counts, rope[0][angle], rope[1][angle],
+                  mask_tables(padded(seq, rows, n_seqs)) if flex else None)
+
+
+def gather(h: Tensor, S: Tensor, g: Tensor, layout: Layout, keep: Tensor, rope: tuple[Tensor, Tensor],
+           rows: int) -> tuple[Tensor, Tensor, Tensor, Layout]:
+    """The tokens `keep` (n,) of h (n, d), S and g, padded, and their layout: in one graph, since the host has
+    just waited for `keep` and the device with it."""
+    at, token = padded(keep, rows, 0), torch.arange(rows, device=h.device) < len(keep)
+    S, g = torch.where(token, S[at], 1.0), torch.where(token, g[at], 0.0)
+    return h.index_select(0, at), S, g, make_layout(
+        layout.seq[keep], layout.pos[keep], layout.row[keep], len(layout.counts) - 1, rope, rows,
+        layout.tables is not None)
+
+
+def put_back(h: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+    """h with its rows `keep` (n,) replaced by the first n of x."""
+    return h.index_copy(0, keep, x[:len(keep)])
 
 
 def uses_flex(device: torch.device) -> bool:
@@ -375,14 +347,12 @@ def uses_flex(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def flex_lower(device: torch.device):
-    """Eager FlexAttention would hold all n x n scores."""
-    return compiled if device.type == "cuda" else eager
+def padded_rows(n: int, flex: bool) -> int:
+    """n, or what FlexAttention takes in one graph."""
+    return max(2 * ROWS, -(-n // ROWS) * ROWS) if flex else n
 
 
-def padded(x: Tensor, value) -> Tensor:
-    """x (n,) with n rounded up to what FlexAttention takes without another graph; elsewhere x itself."""
-    rows = max(2 * ROWS, -(-len(x) // ROWS) * ROWS) if uses_flex(x.device) else len(x)
+def padded(x: Tensor, rows: int, value) -> Tensor:
     return x if rows == len(x) else F.pad(x, (0, rows - len(x)), value=value)
 
 
@@ -412,14 +382,11 @@ def mask_tables(seq: Tensor) -> list[Tensor]:
             *tables(b, hi, tail, hi, b + 1, full_hi - 1 - b)]
 
 
-def block_mask(seq: Tensor) -> BlockMask:
-    # (a copy: dynamo guards on the size of what a view is a view of)
-    start, *tables = flex_lower(seq.device)(mask_tables)(seq.clone())
-
+def block_mask(start: Tensor, *tables: Tensor) -> BlockMask:
     def causal_same_sequence(b, h, q, k):
         return (q >= k) & (k >= start[q])
 
-    return BlockMask((len(seq), len(seq)), *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
+    return BlockMask((len(start),) * 2, *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
 
 
 def log_gate(g: Tensor) -> Tensor:
@@ -431,29 +398,46 @@ def log_gate(g: Tensor) -> Tensor:
 def attention_kernel(layout: Layout):
     """What computes Eq. 3 on this layout: causal attention within each sequence, ln g_j added to the logit of
     key j, softmax in float32. A function of q (n, heads, head_dim), k and v (n, kv_heads, head_dim), ln_g
-    (n,) or None (no gate), and the layout; it returns (n, heads, head_dim)."""
+    (n,) or None (no gate, or `carried` by q and k), and the layout; it returns (n, heads, head_dim)."""
     if layout.cache is not None:
         return layout.cache.attend
-    return attend_rows if layout.mask is None else attend_flex
+    return attend_rows if layout.tables is None else attend_flex
+
+
+def carried(q: Tensor, k: Tensor, ln_g: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
+    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, and
+    not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72 columns
+    to 128: by estimate 4 ms of an 80 ms micro-batch of Table 2, for 5 to 20 of additions; neither ran.)"""
+    unit = 2.0 ** round(math.log2(q.shape[-1]) / 2)  # near sqrt(head_dim), and exact
+    value = ln_g * (math.sqrt(q.shape[-1]) / unit)
+    high = value.detach().to(k.dtype)
+    parts = torch.stack((high, (value - high).to(k.dtype)), -1)[:, None].expand(-1, k.shape[1], -1)
+    ones = q.new_full((*q.shape[:2], 2), unit)
+    return tuple(F.pad(torch.cat(both, -1), (0, 6)) for both in ((q, ones), (k, parts)))
 
 
 def attend_flex(q, k, v, ln_g, layout):
-    def add_log_gate(score, b, h, i, j):
-        return score + ln_g[j]
-
-    assert len(q) == len(k) and len(q) % ROWS == 0  # `padded`: what IS_DIVISIBLE promises
+    if ln_g is not None:
+        q, k = carried(q, k, ln_g)
+    assert len(q) == len(k) and len(q) % ROWS == 0  # `padded_rows`: what IS_DIVISIBLE promises
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
-    # On 4 warps, the default, the forward kernel spills 576 bytes a thread for sm_90; on 8, divisible, none.
-    options = dict(IS_DIVISIBLE=True, fwd_num_warps=8)
-    out = flex_lower(q.device)(flex_attention)(
-        *heads_first, score_mod=None if ln_g is None else add_log_gate, block_mask=layout.mask(),
-        enable_gqa=k.shape[1] != q.shape[1], kernel_options=options)
+    lower = compiled if q.device.type == "cuda" else eager  # (eager, it would hold all n x n scores)
+    out = lower(flex_attention)(*heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
+                                enable_gqa=k.shape[1] != q.shape[1], kernel_options=flex_options(q.shape[-1]))
     return out[0].transpose(0, 1)
+
+
+def flex_options(width: int) -> dict:
+    """For sm_90: on 4 warps, the default, the forward kernel spills 576 bytes a thread; on 8, divisible,
+    none. FlexAttention has no tile for 72 columns, so they get that of 128."""
+    tile = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if 64 < width <= 128 else {}
+    return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tile
 
 
 def attend_rows(q, k, v, ln_g, layout):
     with torch.autocast("cpu", enabled=False):
-        return RowBlockAttention.apply(q, k, v, ln_g, layout.lengths, torch.is_grad_enabled())
+        return RowBlockAttention.apply(q, k, v, ln_g, layout.counts.tolist(), torch.is_grad_enabled())
 
 
 class RowBlockAttention(torch.autograd.Function):
@@ -556,10 +540,12 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(cfg)
         self.post_feed_forward_norm = RMSNorm(cfg.dim, cfg.norm_eps) if post else nn.Identity()
 
-    def before(self, h: Tensor, g: Tensor | None, cos: Tensor, sin: Tensor):
-        """What attention takes: q, k, v and ln g of h (n, d) and g (n,) or None (dense)."""
+    def before(self, h: Tensor, g: Tensor | None, cos: Tensor, sin: Tensor, carry: bool):
+        """What attention takes: q, k, v and ln g (or q and k that carry it) of h (n, d) and g (n,) or None
+        (dense)."""
         ln_g = log_gate(g) if g is not None and self.gate_keys else None
-        return *self.attention.project(self.pre_attention_norm(h), cos, sin), ln_g
+        q, k, v = self.attention.project(self.pre_attention_norm(h), cos, sin)
+        return (*carried(q, k, ln_g), v, None) if carry and ln_g is not None else (q, k, v, ln_g)
 
     def after(self, h: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
         """The block's output (n, d), from its input and what attention gave, y (n, heads, head_dim)."""
@@ -586,9 +572,17 @@ class Router(nn.Module):
             return F.relu(F.linear(h.float(), self.linear.weight, self.linear.bias)).squeeze(-1)
 
 
-def gate(S: Tensor) -> Tensor:
-    """Eq. 2: g = 1 - clamp(S, 0, 1), for S >= 0. ReLU: its gradient at S = 1 is 0, and clamp's is not."""
-    return F.relu(1 - S)
+def accumulate(router: Router, h: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1 and 2: S with the soft mask of h (n, d) added, and the gates g = 1 - clamp(S, 0, 1), (n,) each; a
+    ReLU, since its gradient at S = 1 is 0, and clamp's is not."""
+    S = S + router(h)
+    return S, F.relu(1 - S)
+
+
+def gate_sums(g: Tensor | None, layout: Layout) -> Tensor:
+    """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
+    each = (layout.counts,) * 3 if g is None else (g, g.square(), g > 0)
+    return torch.stack([*(x.sum().double() for x in each), layout.pairs()])
 
 
 def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
@@ -601,12 +595,8 @@ def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
     return ((x >> 40) & 0xFFFFFF) / 2**24
 
 
-class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
-    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1 (Section 2).
-
-    save_pretrained, from_pretrained and push_to_hub are huggingface_hub's; from_pretrained also reads the
-    authors' checkpoints and a record's folder (`read_weights`).
-    """
+class MiddleSkippingTransformer(nn.Module):
+    """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -621,90 +611,79 @@ class MiddleSkippingTransformer(nn.Module, PyTorchModelHubMixin):
             self.register_buffer(name, table, persistent=False)
         self.lower = eager
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs, targets: (B, T). Returns the mean cross-entropy in nats, the gate statistics of `span`
-        (L/2, 4), and the number of blocks that each token ran (B, T)."""
+    def forward(self, inputs: Tensor, targets: Tensor, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and the gate statistics of `span`
+        (L/2, 4). To depth (B, T), where it is given, the number of blocks that each token ran is added."""
         B, T = inputs.shape
-        seq = torch.arange(B, device=inputs.device).repeat_interleave(T, output_size=B * T)
-        pos = torch.arange(T, device=inputs.device).repeat(B)
-        h, stats, depth = self.hidden(inputs.flatten(), seq, pos, B)
+        each = torch.arange(B * T, device=inputs.device)
+        depth = None if depth is None else depth.view(-1)
+        h, stats = self.hidden(inputs.flatten(), each // T, each % T, B, depth)
         autocast = torch.is_autocast_enabled(h.device.type)
         dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
                             torch.is_grad_enabled())
-        return ce, stats, depth.view(B, T)
+        return ce, stats
 
-    def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, cache=None):
-        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), the
-        statistics of `span` (L/2, 4; None with a cache), and how many blocks each token ran (n,)."""
-        n, depth, stats = len(tokens), torch.zeros_like(tokens), [] if cache is None else None
-        layout = make_layout(seq, pos, torch.arange(n, device=tokens.device), n_seqs, (self.cos, self.sin))
-        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, 0)))
-        if self.cfg.gated:
-            S = torch.zeros(n, device=tokens.device) if self.masks else coin(tokens, pos, self.cfg.seed)
-            S = padded(S, 1.0)  # S = 1: padding skips every block
-            h = self.span(h, S, layout, 0, depth, stats, cache)
-        else:
-            for l in range(self.cfg.n_layers):
-                h = self.block(l, h, None, layout, cache)
-            depth += self.cfg.n_layers
-            if cache is None:
-                stats = [torch.stack([layout.counts.sum()] * 3 + [layout.pairs()])] * self.cfg.n_levels
+    def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, depth=None, cache=None):
+        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and
+        the statistics of `span` (L/2, 4; None with a cache)."""
+        n, stats, flex = len(tokens), [] if cache is None else None, uses_flex(tokens.device)
+        rows, here = padded_rows(n, flex), torch.arange(n, device=tokens.device)
+        layout = self.lower(make_layout)(seq, pos, here, n_seqs, (self.cos, self.sin), rows, flex)
+        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
+        random = self.cfg.control == "random"
+        S = coin(tokens, pos, self.cfg.seed) if random else torch.zeros(n, device=tokens.device)
+        h = self.span(h, padded(S, rows, 1.0), layout, 0, depth, stats, cache)  # (padding skips: S = 1)
         h = self.lower(RMSNorm.forward)(self.output_norm, h[:n])
-        return h, None if stats is None else torch.stack(stats), depth
+        return h, None if stats is None else torch.stack(stats)
 
     def span(self, h, S, layout, l, depth, stats, cache):
-        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged.
-
-        Appends to stats, per level: sum of g, sum of g^2, active tokens, causal pairs among them.
-        """
+        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged. To stats,
+        unless it is None, the level's `gate_sums` are appended."""
         if l == self.cfg.n_levels:
             return h
-        S = S + self.masks[l](h) if self.masks else S
-        g = self.gate(S, l)
-        keep = None if self.cfg.compute == "masked" else g.nonzero()[:, 0]  # a level's one wait for the host
-        if keep is None or len(keep) == layout.n:
+        S, g = self.gates(h, S, l, cache)
+        # a level's one wait for the host:
+        keep = None if g is None or self.cfg.compute == "masked" else g.nonzero()[:, 0]
+        if keep is None or len(keep) == len(layout.seq):
             x, keep = h, None
+        elif len(keep) == 0 and cache is not None:
+            return h  # (in training blocks run on nothing: each needs a gradient)
         else:
-            seq, pos, row = layout.seq[keep], layout.pos[keep], layout.row[keep]
-            layout = make_layout(seq, pos, row, len(layout.counts), (self.cos, self.sin))
-            x, S = h.index_select(0, padded(keep, 0)), padded(S[keep], 1.0)
-            g = self.gate(S, l)
-        if layout.n == 0 and cache is not None:  # (in training blocks run on nothing: each needs a gradient)
-            return h
-        if stats is not None:
-            stats.append(torch.stack((g.sum(), g.square().sum(), (g > 0).sum(), layout.pairs())))
-        depth[layout.row] += 2 * (g[:layout.n] > 0)
+            flex = layout.tables is not None
+            rows = padded_rows(len(keep) + flex, flex)  # with and without padding would be two graphs
+            x, S, g, layout = self.lowered(keep, cache)(gather)(h, S, g, layout, keep, (self.cos, self.sin),
+                                                                rows)
         x = self.block(l, x, g, layout, cache)
-        x = self.span(x, S, layout, l + 1, depth, stats, cache)
-        x = self.block(self.cfg.n_layers - 1 - l, x, g, layout, cache)
-        return x if keep is None else h.index_copy(0, keep, x[:layout.n])
+        if stats is not None:
+            stats.append(self.lowered(x, cache)(gate_sums)(g, layout))
+        mirror = self.cfg.n_layers - 1 - l  # (the block itself in the middle of an odd dense model)
+        if depth is not None:
+            depth[layout.row] += (1 + (mirror > l)) * (1 if g is None else g[:len(layout.row)] > 0)
+        if mirror > l:
+            x = self.span(x, S, layout, l + 1, depth, stats, cache)
+            x = self.block(mirror, x, g, layout, cache)
+        return x if keep is None else self.lowered(keep, cache)(put_back)(h, keep, x)
 
-    def gate(self, S: Tensor, l: int) -> Tensor:
-        """Gates of level l by Eq. 2; with --control random, where S is a coin in [0, 1), 1 as often as the
-        level's target asks, and as nested."""
-        return gate(S) if self.masks else (S < min(mean_targets(self.cfg)[:l + 1])).float()
-
-    def _save_pretrained(self, save_directory: Path):
-        settings = {k: getattr(self.cfg, k) for k in [*MODEL_FIELDS, *GATE_FIELDS]}
-        settings["encoding"] = self.cfg.tokeniser
-        (Path(save_directory) / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        export_weights(self, Path(save_directory) / "model.safetensors")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision=None, **settings):
-        stored, state = read_weights(str(model_id), revision)
-        flags = {f.name: settings[f.name] for f in dataclasses.fields(Config) if f.name in settings}
-        model = cls(Config(**checkpoint_settings(stored, flags, model_id, GATE_FIELDS) | flags))
-        load_weights(model, state, model_id)
-        return model
+    def gates(self, h: Tensor, S: Tensor, l: int, cache) -> tuple[Tensor, Tensor | None]:
+        """S and the gates of level l by Eq. 1 and 2; dense, None; with --control random, where S is a coin in
+        [0, 1), 1 as often as the level's target asks, and as nested."""
+        if self.cfg.control == "dense":
+            return S, None
+        if self.masks:
+            return self.lowered(h, cache)(accumulate)(self.masks[l], h, S)
+        return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
 
     def block(self, l, h, g, layout, cache):
-        layout, block = layout if cache is None else layout._replace(cache=cache[l]), self.layers[l]
-        # In training 0 and 1 rows, rare, would be graphs of their own; in decoding 1 row is what there is.
-        lower = eager if cache is None and len(h) < 2 else self.lower
-        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin)
+        block, lower = self.layers[l], self.lowered(h, cache)
+        layout = layout if cache is None else layout._replace(cache=cache[l])
+        carry = layout.tables is not None and cache is None
+        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin, carry)
         return lower(Block.after)(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
+
+    def lowered(self, rows: Tensor, cache):
+        """0 and 1 rows would be graphs of their own: rare in training; in decoding 1 row is what there is."""
+        return eager if cache is None and len(rows) < 2 else self.lower
 
 
 def initialise(model: nn.Module, cfg: Config):
@@ -782,17 +761,17 @@ def moments(stats: Tensor, n: int) -> Tensor:
     return torch.stack((mean, stats[:, 1] / n - mean.square()))
 
 
-def mirrored(x) -> list[float]:
-    """Values of the first L/2 layers (a tensor) to those of all L."""
+def mirrored(x: Tensor, cfg: Config) -> list[float]:
+    """Values of the levels to those of all L layers."""
     x = x.tolist()
-    return x + x[::-1]
+    return x + x[:cfg.n_layers // 2][::-1]
 
 
-def gate_report(stats: Tensor, n: int) -> dict:
+def gate_report(cfg: Config, stats: Tensor, n: int) -> dict:
     """What the records say of the gates: mean, variance, and share that is exactly 0, each of L layers."""
     mean, var = moments(stats, n)
-    return {"gate_mean": mirrored(mean), "gate_var": mirrored(var),
-            "gate_zero": mirrored(1 - stats[:, 2] / n)}
+    return {"gate_mean": mirrored(mean, cfg), "gate_var": mirrored(var, cfg),
+            "gate_zero": mirrored(1 - stats[:, 2] / n, cfg)}
 
 
 def mean_targets(cfg: Config) -> list[float]:
@@ -840,37 +819,8 @@ class GateControl:
         self.average = average if average is None else average.to(self.coef)
 
 
-def failure_signature(cfg: Config, step: int, ce: float, history: list[dict]) -> str | None:
-    """The paper's ways to fail, as a sentence, if the validation at this step shows one."""
-    event, first, best = history[-1], history[0]["cross_entropy"], min(e["cross_entropy"] for e in history)
-    aims = CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
-    if aims and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
-        return ("collapse to dense: no gate is closed although the targets ask for it; try a larger "
-                "--coef_update")
-    if step and ce > first + 0.1:
-        return "divergence: validation loss is above where it began; try a lower --lr or --norm sandwich"
-    if ce > best + 0.2:
-        return f"collapse of performance: validation loss was {best:.4f}; try a smaller --coef_update"
-    return None
-
-
 # ----------------------------------------------------------------------------------------------------------
 # FLOPs (of a forward pass; a training step is three).
-
-def estimated_flops(cfg: Config, sparsity: float = 0.0) -> float:
-    """The released code's count for one sequence, for Figure 2: full T x T attention, norms and activations
-    included, blocks times (1 - sparsity), where sparsity is the mean share of gates that are 0."""
-    T, d, D, H, Hkv, m = cfg.max_seq_len, cfg.dim, cfg.head_dim, cfg.n_heads, cfg.n_kv_heads, cfg.hidden_dim
-    sqrt, exp = 8, 10
-    norm = T * (4 * d + 2 + sqrt)
-    rotary = 6 * T * (H + Hkv) * D // 2
-    projections = 2 * T * d * (2 * d + 2 * Hkv * D)
-    scores = 4 * T * T * d + H * T * T * (2 + exp + 2)  # two products; scale, mask, softmax
-    ffn = 6 * T * d * m + T * m * (exp + 4 + 1)  # three products; SiLU, gating
-    block = projections + rotary + scores + ffn + (4 if cfg.norm == "sandwich" else 2) * norm + 4 * T * d
-    routers = cfg.n_layers * T * d + (cfg.n_levels - 1) * T if cfg.n_routers else 0
-    return 2 * norm + routers + (1 - sparsity) * cfg.n_layers * block + 2 * T * d * cfg.vocab_size
-
 
 def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> float:
     """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head
@@ -878,7 +828,8 @@ def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> floa
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
     rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
     weights = cfg.dim * (2 * cfg.dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.hidden_dim)  # of a block
-    blocks = 2 * (2 * rows * weights + 4 * cfg.dim * stats[:, 3]).sum()  # level l and its mirror
+    times = torch.tensor([2.0] * (cfg.n_layers // 2) + [1.0] * (cfg.n_layers % 2))  # level l and its mirror
+    blocks = (times * (2 * rows * weights + 4 * cfg.dim * stats[:, 3])).sum()
     routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.n_routers else 0.0
     return float(blocks + routers + 2 * (n if heads is None else heads) * cfg.dim * cfg.vocab_size)
 
@@ -911,14 +862,15 @@ def open_shard(path: Path) -> np.ndarray:
 
 
 class Shards:
-    """The shards of a glob in sorted order, cut to the first `limit` tokens. Relative globs may also start at
-    the script's folder."""
+    """The shards of --train_files or --val_files in sorted order, cut to the first --train_tokens or
+    --val_tokens. Relative globs may also start at the script's folder."""
 
-    def __init__(self, pattern: str, limit: int | None, vocab_size: int, name: str):
+    def __init__(self, cfg: Config, split: str):
+        pattern, limit = getattr(cfg, f"{split}_files"), getattr(cfg, f"{split}_tokens")
         paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
         if not paths:
-            raise UserError(f"--{name} {pattern} matches no file; {SHARD_HINT}")
-        self.paths, self.tokens, self.vocab_size = [], [], vocab_size
+            raise UserError(f"--{split}_files {pattern} matches no file; {SHARD_HINT}")
+        self.paths, self.tokens, self.vocab_size = [], [], cfg.vocab_size
         for path in paths:
             tokens = open_shard(path)
             if limit is not None:
@@ -952,20 +904,14 @@ class Shards:
                                 "or fetch both again")
         return dataset
 
-    def bytes_per_token(self) -> float | None:
-        """Mean UTF-8 bytes of text a token, where dataset.json tells."""
-        said = [self.dataset().get("shards", {}).get(p.name, {}) for p in self.paths]
-        if not all("bytes" in s for s in said):
-            return None
-        return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
-
 
 class TrainLoader:
     """A step takes batch_size sequences of T (+1) tokens, as they lie in a shard or (`shuffle`) in the order
     of a permutation; micro-batch a of rank r of R gets the (a R + r)-th device_batch_size of them.
 
     A tail too short for a step is dropped; after the last shard comes the first. `place`, the (shard,
-    position, pass) of the next step, is all that a checkpoint needs. A thread reads one micro-batch ahead.
+    position, pass) of the next step, is all that a checkpoint needs. (Nothing is read ahead: a micro-batch of
+    Table 2 takes half a millisecond from the page cache, and, but for a step's first, a GPU is still busy.)
     """
 
     def __init__(self, shards: Shards, cfg: Config, rt: Runtime):
@@ -975,18 +921,13 @@ class TrainLoader:
         if not self.steps_per_pass:
             raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {self.block + 1} "
                             "tokens; use a smaller --batch_size or longer shards")
-        self.pool, self.order = ThreadPoolExecutor(1), functools.lru_cache(1)(self.permutation)
-        self.seek((0, 0, 0))
+        self.order, self.place = functools.lru_cache(1)(self.permutation), self.fit(0, 0)
 
     def permutation(self, shard: int, turn: int) -> np.ndarray:
         """Where a shard's sequences start, in the order of a pass."""
         T, shuffle = self.cfg.max_seq_len, np.random.default_rng((self.cfg.seed, turn, shard)).permutation
         starts = np.arange((len(self.shards.tokens[shard]) - 1) // T) * T
         return shuffle(starts) if self.cfg.shuffle else starts
-
-    def seek(self, place: tuple):
-        self.place = self.fit(*place)
-        self.pending = self.pool.submit(self.read, self.place, 0)
 
     def fit(self, shard: int, position: int, turn: int = 0) -> tuple[int, int, int]:
         """The first place from here on that holds a whole step."""
@@ -996,38 +937,74 @@ class TrainLoader:
                 shard, turn = 0, turn + 1
         return shard, position, turn
 
-    def read(self, place: tuple, a: int) -> tuple[Tensor, Tensor]:
-        B, T, (shard, position, turn) = self.cfg.device_batch_size, self.cfg.max_seq_len, place
+    def read(self, a: int) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) of this rank's micro-batch a of the next step, each (device_batch_size, T)."""
+        B, T, (shard, position, turn) = self.cfg.device_batch_size, self.cfg.max_seq_len, self.place
         first = position // T + (a * self.rt.world + self.rt.rank) * B
         starts = self.order(shard, turn)[first:first + B]
         batch = torch.stack([self.shards.window(shard, start, T + 1) for start in starts])  # (B, T + 1)
         batch = batch.pin_memory() if self.rt.device.type == "cuda" else batch
+        batch = batch.to(self.rt.device, non_blocking=True)
         return batch[:, :-1], batch[:, 1:]
 
     def micro_batches(self):
-        """(inputs, targets) of this rank's micro-batches of the next step, each (device_batch_size, T)."""
+        """All that this rank has to `read` for the next step."""
+        yield from map(self.read, range(self.accumulation))
         shard, position, turn = self.place
-        following = self.fit(shard, position + self.block, turn)
-        for a in range(self.accumulation):
-            batch = self.pending.result()
-            ahead = (self.place, a + 1) if a + 1 < self.accumulation else (following, 0)
-            self.pending = self.pool.submit(self.read, *ahead)
-            yield tuple(t.to(self.rt.device, non_blocking=True) for t in batch)
-        self.place = following
+        self.place = self.fit(shard, position + self.block, turn)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer and schedule.
 
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with one rate for the groups default, norms and routers, which partition the parameters."""
-    groups = {"default": [], "norms": [], "routers": []}
+def make_optimizers(model: nn.Module, cfg: Config) -> dict[str, torch.optim.Optimizer]:
+    """By their name in a checkpoint: AdamW, with one rate for the groups default, norms and routers; and with
+    --optimizer muon, Muon for the blocks' matrices, its updates scaled to the size of AdamW's, so that the
+    same lr suits. The groups partition the parameters."""
+    groups = {"default": [], "norms": [], "routers": [], "matrices": []}
     for name, p in model.named_parameters():
-        groups["norms" if "norm" in name else "routers" if name.startswith("masks.") else "default"].append(p)
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    return torch.optim.AdamW([{"params": p, "name": name} for name, p in groups.items() if p], lr=cfg.lr,
-                             betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay,
-                             fused=True)
+        matrix = cfg.optimizer == "muon" and name.startswith("layers.") and p.ndim == 2
+        groups["matrices" if matrix else "norms" if "norm" in name else
+               "routers" if name.startswith("masks.") else "default"].append(p)
+    matrices, common = groups.pop("matrices"), dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    adamw = torch.optim.AdamW([{"params": p, "name": name} for name, p in groups.items() if p],
+                              betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, **common)
+    if not matrices:
+        return {"optimizer": adamw}
+    muon = Muon([{"params": matrices, "name": "matrices"}], adjust_lr_fn="match_rms_adamw", **common)
+    return {"optimizer": adamw, "muon": muon}
+
+
+class Muon(torch.optim.Muon):
+    """torch's, but with all matrices of a shape in one product, and in float32 on a CPU, where bfloat16 can
+    be ten times slower."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                params = [p for p in group["params"] if p.shape == shape]
+                grads = [p.grad for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                momenta = [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                G = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's
+                update = orthogonal(G.bfloat16() if G.is_cuda else G).to(G.dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonal(G: Tensor) -> Tensor:
+    """G (n, rows, columns) with all singular values brought near 1 (to between 0.7 and 1.2), by Muon's five
+    quintic Newton-Schulz iterations (Jordan et al., 2024)."""
+    X = G.mT if G.shape[1] > G.shape[2] else G
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
+    return X.mT if G.shape[1] > G.shape[2] else X
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -1061,30 +1038,46 @@ def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards:
     for first in range(rt.rank * B, len(places), rt.world * B):
         windows = torch.stack([shards.window(s, i, T + 1) for s, i in places[first:first + B]]).to(rt.device)
         with rt.autocast():
-            ce, stats, depth = model(windows[:, :-1], windows[:, 1:])
+            depth = torch.zeros_like(windows[:, :-1]) if watch else None
+            ce, stats = model(windows[:, :-1], windows[:, 1:], depth)
         totals += torch.cat(((ce.double() * len(windows) * T)[None], stats.flatten()))
         if watch:
             watch(windows[:, :-1], depth)
     rt.sum(totals)
     tokens, stats = len(places) * T, totals[1:].view(-1, 4).cpu()
-    return {"cross_entropy": totals[0].item() / tokens, **gate_report(stats, tokens), "tokens": tokens,
+    return {"cross_entropy": totals[0].item() / tokens, **gate_report(cfg, stats, tokens), "tokens": tokens,
             "val_s": time.perf_counter() - start,
             "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
-
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Records: one folder a run, which a person, a plot or another program can read.
 
+@functools.cache
+def show():
+    """records/show.py, which draws and prints a run, and measures it when it is done, but changes nothing in
+    it; None where this script was copied away alone."""
+    if not (ROOT / "records" / "show.py").exists():
+        return None
+    sys.modules.setdefault("train_gpt_skip", sys.modules[__name__])  # which it imports
+    sys.path.insert(0, str(ROOT / "records"))
+    return importlib.import_module("show")
+
+
 class Record:
     """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
 
-    def __init__(self, cfg: Config, rt: Runtime, folder: Path | None = None):
-        self.cfg, self.rt, self.folder, self.bar = cfg, rt, folder, None
-        if rt.main:
-            self.folder = folder or make_folder(Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
-            names = "metrics.jsonl", "log.txt"
-            self.metrics, self.text = (open(self.folder / name, "ab", buffering=0) for name in names)
+    def __init__(self, cfg: Config, rt: Runtime, first_step: int):
+        self.cfg, self.rt, self.folder = cfg, rt, None
+        self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
+                        disable=None if rt.main else True,  # (None: where nobody watches)
+                        bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
+        if not rt.main:
+            return
+        name = cfg.name or cfg.preset or cfg.control
+        self.folder = Path(cfg.resume) if cfg.resume else make_folder(Path(cfg.records_dir), name)
+        self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+        self.text = open(self.folder / "log.txt", "ab", buffering=0)
 
     def append(self, file, line: str):
         """A whole line or none, through no buffer."""
@@ -1096,46 +1089,44 @@ class Record:
             file.truncate(size)
             raise unwritable(Path(file.name), e)
 
-    def say(self, line: str = "", step_line: bool = False):
+    def say(self, line: str, of_a_step: bool = False):
         """A line of log.txt and of the terminal; with a progress bar, a step's line goes to the file only."""
         if not self.rt.main:
             return
         self.append(self.text, line)
-        if self.bar is None:
+        if self.bar.disable:
             print(line, flush=True)
-        elif not step_line:
+        elif not of_a_step:
             self.bar.write(line)
 
     def event(self, kind: str, **values):
         if self.rt.main:
             self.append(self.metrics, json.dumps({"kind": kind, **values}))
 
-    def progress(self, first: int, total: int):
-        if self.rt.main and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, initial=first, dynamic_ncols=True,
-                            bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
+    def step(self, event: dict):
+        """What a training step leaves: its event, its line, and its state on the progress bar."""
+        cfg, step, sparsity = self.cfg, event["step"], mean(event["gate_zero"])
+        if step % cfg.metrics_every == 0:
+            self.event("train", **event)
+        if step % cfg.log_every == 0:
+            zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
+            self.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
+                     f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
+                     f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
+                     + f"  zero gates {zeros}" * cfg.gated, of_a_step=True)
+        self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
+                                 f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
+        self.bar.update()
 
-    def advance(self, event: dict):
-        if self.bar:
-            self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity "
-                                     f"{mean(event['gate_zero']):.2f}, {event['tokens_per_s']:.0f} tokens/s",
-                                     refresh=False)
-            self.bar.update()
-
-    def plot(self):
-        if self.rt.main:
-            plot(self.events(), self.cfg, self.folder / "plot.png")
+    def events(self) -> list[dict]:
+        with open(self.folder / "metrics.jsonl") as f:
+            return [json.loads(line) for line in f]
 
     def write(self, name: str, content):
         """A whole file or none: JSON of a dict, else text."""
         if self.rt.main:
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
-
-    def events(self) -> list[dict]:
-        with open(self.folder / "metrics.jsonl") as f:
-            return [json.loads(line) for line in f]
 
 
 def rounded(event: dict) -> dict:
@@ -1149,17 +1140,16 @@ def rounded(event: dict) -> dict:
 def make_folder(parent: Path, name: str) -> Path:
     """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
-    for suffix in range(1, 1000):
-        folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not folder.parent.is_dir():
-                raise UserError(f"--records_dir {parent} is not a folder")
-        except OSError as e:
-            raise UserError(f"--records_dir {parent} cannot be written: {e.strerror}")
-    raise UserError(f"--records_dir {parent} has no free name like {stamp}")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in itertools.count(1):
+            with contextlib.suppress(FileExistsError):
+                folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
+                folder.mkdir()
+                return folder
+    except OSError as e:
+        reason = "it is not a folder" if isinstance(e, FileExistsError) else e.strerror
+        raise UserError(f"--records_dir {parent} cannot be written: {reason}")
 
 
 def write_atomically(path: Path, write):
@@ -1201,15 +1191,14 @@ def run_quietly(*command) -> str | None:
 
 
 def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
-    from importlib.metadata import PackageNotFoundError, version
     packages = {}
     for name in ("torch", "numpy", "tiktoken", "huggingface-hub", "safetensors", "triton"):
-        with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     cuda = rt.device.type == "cuda"
     return {
-        "command": " ".join(map(shlex.quote, ["python", *sys.argv])), "date": datetime.datetime.now(
-            datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
@@ -1234,46 +1223,6 @@ def relative(value):
     return str(Path(value).relative_to(ROOT)) if inside else value
 
 
-def bars(values: list[float], width: int = 24) -> list[str]:
-    """A line a layer: its number, a bar, the value between 0 and 1."""
-    return [f"  block {l:2d} |{'█' * round(v * width):{width}s}| {v:6.1%}" for l, v in enumerate(values)]
-
-
-def plot(events: list[dict], cfg: Config, path: Path):
-    """Loss, sparsity and coefficients over steps, as one picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    train, val = ([e for e in events if e["kind"] == kind] for kind in ("train", "val"))
-    steps, levels = [e["step"] for e in train], range(cfg.n_levels)
-    fig, axes = plt.subplots(1, 3 if cfg.gated else 1, figsize=(15 if cfg.gated else 6, 4.2), squeeze=False)
-    axes, colors = axes[0], plt.cm.viridis(np.linspace(0.05, 0.9, cfg.n_levels))
-    axes[0].plot(steps, [e["cross_entropy"] for e in train], color="0.7", lw=1, label="training")
-    axes[0].plot([e["step"] for e in val], [e["cross_entropy"] for e in val], "o-", ms=3, color="C3",
-                 label="validation")
-    axes[0].set(title="Loss", ylabel="cross-entropy (nats a token)")
-    axes[0].legend(frameon=False)
-    if cfg.gated:
-        target = mean_targets(cfg)
-        for l in levels:
-            label = f"{l} and {cfg.n_layers - 1 - l}"
-            axes[1].plot(steps, [e["gate_mean"][l] for e in train], color=colors[l], lw=1.2, label=label)
-            axes[1].axhline(target[l], color=colors[l], lw=0.8, ls=":")
-            axes[2].plot(steps, [e["mean_coef"][l] for e in train], color=colors[l], lw=1.2)
-            axes[2].plot(steps, [e["var_coef"][l] for e in train], color=colors[l], lw=1.2, ls="--")
-        axes[1].set(title="Mean gate (dotted: its target)", ylim=(-0.02, 1.02), ylabel="mean gate")
-        axes[2].set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
-        axes[2].legend(*axes[1].get_legend_handles_labels(), title="blocks", loc="center left",
-                       bbox_to_anchor=(1, 0.5), frameon=False)
-    for ax in axes:
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
-    write_atomically(path, lambda f: fig.savefig(f, dpi=120, format="png"))
-    plt.close(fig)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: ours to go on from, and weights from ours, the authors' or a hub's folder.
 
@@ -1287,8 +1236,7 @@ def read_checkpoint(path: Path) -> dict:
     """What a .pt or .safetensors file holds, tensors and plain values: a pickle that runs code is refused."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+            return load_safetensors(path)
         with zipfile.ZipFile(path) as z:
             if damaged := z.testzip():
                 raise ValueError(f"{damaged} fails its checksum")
@@ -1325,7 +1273,6 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
 
 
 def fetch_repo(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(repo, revision=revision,
                                       allow_patterns=["config.json", "model.safetensors"]))
@@ -1355,28 +1302,31 @@ def is_dense(state: dict) -> bool:
 def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, retrofit=False):
     """Load tensors of any float type; UserError where names or shapes are not the model's. To retrofit is to
     leave the model's routers as they are if the checkpoint is dense."""
+    def kind(v):
+        return f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+
     own = model.state_dict()
     if is_dense(state) and (retrofit or not model.masks):
         routers = {k: v for k, v in own.items() if k.startswith("masks.")}
         state = {k: v for k, v in state.items() if not k.startswith("masks.")} | routers
     if wrong := sorted(own.keys() ^ state.keys()):
-        which = "lacks" if wrong[0] in own else "also has"
-        hint = "; try --control dense" if wrong[0].startswith("masks.") and wrong[0] in own else (
-            "; is --norm the one it was trained with?" if "post" in wrong[0] else "")
-        raise UserError(f"checkpoint {source} does not fit: it {which} {wrong[0]} ({len(wrong)} such "
-                        f"names){hint}")
+        lacks, hint = wrong[0] in own, ""
+        if lacks and wrong[0].startswith("masks."):
+            hint = "; try --control dense"
+        elif "post" in wrong[0]:
+            hint = "; is --norm the one it was trained with?"
+        raise UserError(f"checkpoint {source} does not fit: it {'lacks' if lacks else 'also has'} {wrong[0]} "
+                        f"({len(wrong)} such names){hint}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
-            raise UserError(f"checkpoint {source} does not fit: {k} is "
-                            f"{getattr(v, 'dtype', type(v).__name__)} {list(getattr(v, 'shape', []))}, the "
-                            f"model's is {own[k].dtype} {list(own[k].shape)}")
+            raise UserError(f"checkpoint {source} does not fit: {k} is {kind(v)}, the model's is "
+                            f"{kind(own[k])}")
     model.load_state_dict(state)
 
 
 def export_weights(model: MiddleSkippingTransformer, path: Path):
-    from safetensors.torch import save
     tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    write_atomically(path, lambda f: f.write(save(tensors)))
+    write_atomically(path, lambda f: f.write(safetensors_bytes(tensors)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1401,17 +1351,17 @@ class Trainer:
         if cfg.batch_size % (cfg.device_batch_size * rt.world):
             raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
                             f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
-        self.shards = {"train": Shards(cfg.train_files, cfg.train_tokens, cfg.vocab_size, "train_files"),
-                       "val": Shards(cfg.val_files, cfg.val_tokens, cfg.vocab_size, "val_files")}
+        self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
         cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
-        retrofit = weights is not None and cfg.n_routers and is_dense(weights)
-        self.origin = "new" if weights is None else f"from {cfg.init_from}" + (
-            f", which is dense: {cfg.n_routers} routers are new") * bool(retrofit)
-        self.optimizer, self.control = make_optimizer(self.model, cfg), GateControl(cfg, rt.device)
+        self.origin = f"from {cfg.init_from}" if weights else "new"
+        if weights and cfg.n_routers and is_dense(weights):
+            self.origin += f", which is dense: {cfg.n_routers} routers are new"
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
         self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
         self.compile_s = self.warm_up() if rt.compile else 0.0
@@ -1421,11 +1371,16 @@ class Trainer:
                 self.model, gradient_as_bucket_view=True, broadcast_buffers=False)  # (which never change)
 
     def warm_up(self) -> float:
-        """Compile before the clock starts: a training micro-batch and a validation one. Seconds."""
-        start, batch = time.perf_counter(), [t.to(self.rt.device) for t in self.loader.pending.result()]
-        self.micro_step(*batch)
-        with self.rt.autocast(), torch.no_grad():
-            self.model(*batch)
+        """Compile before the clock starts: a training micro-batch and a validation one, as they come and with
+        gates that close. Seconds."""
+        start, batch = time.perf_counter(), self.loader.read(0)
+        biases = [(r.linear.bias, r.linear.bias.detach().clone()) for r in self.model.masks]
+        for shift in (1.0, 0.0):
+            with self.rt.autocast(), torch.no_grad():
+                for bias, was in biases:
+                    bias.copy_(was + shift)
+                self.model(*batch)
+            self.micro_step(*batch)
         self.model.zero_grad(set_to_none=True)
         self.rt.synchronize()
         return time.perf_counter() - start
@@ -1433,7 +1388,7 @@ class Trainer:
     def micro_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one micro-batch: (loss, cross-entropy, gate statistics)."""
         with self.rt.autocast():
-            ce, stats, _ = self.parallel(x, y)
+            ce, stats = self.parallel(x, y)
         loss = ce + self.control.loss(moments(stats, x.numel()))
         (loss / self.loader.accumulation).backward()
         return loss.detach(), ce.detach(), stats.detach()
@@ -1461,10 +1416,11 @@ class Trainer:
         self.check_finite(step, place, bad.tolist(), grad_norm)
         if cfg.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.max_grad_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         stats = gates.view(-1, 4)
         self.control.update(moments(stats, cfg.step_tokens))
         rt.synchronize()
@@ -1472,17 +1428,20 @@ class Trainer:
         self.train_s += (seconds := time.perf_counter() - start)
         if self.train_flops is not None:
             self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
-        return rounded({
+        event = {
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
             "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
             "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
-            **gate_report(stats.cpu(), cfg.step_tokens), "mean_coef": mirrored(self.control.coef[0]),
-            "var_coef": mirrored(self.control.coef[1]), **imbalance(active.tolist())})
+            **gate_report(cfg, stats.cpu(), cfg.step_tokens),
+            "mean_coef": mirrored(self.control.coef[0], cfg),
+            "var_coef": mirrored(self.control.coef[1], cfg)}
+        if rt.world > 1:  # active tokens of the busiest rank, in units of the mean over ranks
+            event["rank_imbalance"] = (active.max() / active.mean()).item() if active.any() else 1.0
+        return rounded(event)
 
     def check_finite(self, step, place, bad_ranks, grad_norm):
         if any(bad_ranks) or not math.isfinite(grad_norm):
-            rank = next((r for r, bad in enumerate(bad_ranks) if bad), None)
-            what = "gradient" if rank is None else f"loss on rank {rank}"
+            what = next((f"loss on rank {r}" for r, bad in enumerate(bad_ranks) if bad), "gradient")
             shard = self.shards["train"].paths[place[0]].name
             raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); "
                              "the weights are as before this step")
@@ -1493,73 +1452,41 @@ class Trainer:
             raise Divergence(f"the validation loss is not finite at step {step}")
         return rounded({"step": step, **event})
 
-    def save(self, step: int, record: Record, keep: int = 2):
+    def save(self, step: int, record: Record):
         if not self.rt.main:
             return
         os.fsync(record.metrics.fileno())
-        state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        state = {"step": step, "model": self.model.state_dict(),
+                 **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                  "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
                  "train_flops": self.train_flops,
                  "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
         write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
-        for path in checkpoints(record.folder)[:-keep]:
+        for path in checkpoints(record.folder)[:-2]:
             path.unlink()
 
     def restore(self, state: dict, source: Path):
         try:
             load_weights(self.model, state["model"], source)
-            self.optimizer.load_state_dict(state["optimizer"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state[name])
             self.control.load_state_dict(state["control"])
-            self.loader.seek(tuple(state["place"]))
+            self.loader.place = self.loader.fit(*state["place"])
             torch.set_rng_state(state["rng"])
             self.train_s, self.train_flops = float(state["train_s"]), state.get("train_flops")
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
-            own = {p: {k: self.optimizer.state[p][k].shape for k in ("exp_avg", "exp_avg_sq")}
-                   for p in self.model.parameters()}
+            moments = {"optimizer": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
             if self.control.coef.shape != self.control.target.shape or any(
-                    shape != p.shape for p, shapes in own.items() for shape in shapes.values()):
+                    optimizer.state[p][k].shape != p.shape for name, optimizer in self.optimizers.items()
+                    for group in optimizer.param_groups for p in group["params"] for k in moments[name]):
                 raise ValueError("moments or coefficients of other sizes")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
                             "it to go on from an earlier one")
 
-    def step_seconds(self, rounds: int = 5) -> dict:
-        """Seconds of forward and backward on one micro-batch: as trained, with every gate taken out, and,
-        among several ranks, with the gradients averaged; and of averaging as many numbers by itself.
-        Medians."""
-        batch = [t.to(self.rt.device) for t in self.loader.pending.result()]
-        variants = {"gated": (self.cfg, self.model), "dense": (self.cfg.dense(), self.model)}
-        variants |= {"averaged": (self.cfg, self.parallel)} if self.rt.world > 1 else {}
-        gradients = torch.zeros(sum(p.numel() for p in self.model.parameters()), device=self.rt.device)
-        seconds, parallel = {k: [] for k in [*variants, "all_reduce"]}, self.parallel
-
-        def clock(name, run):
-            self.rt.synchronize()
-            start = time.perf_counter()
-            run()
-            self.rt.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-
-        for _ in range(rounds + 1):
-            for name, (self.model.cfg, self.parallel) in variants.items():
-                clock(name, lambda: self.micro_step(*batch))
-            clock("all_reduce", lambda: self.rt.sum(gradients))
-        self.model.cfg, self.parallel = self.cfg, parallel
-        self.model.zero_grad(set_to_none=True)
-        return {k: sorted(v[1:])[rounds // 2] for k, v in seconds.items()}  # (the first warms up)
-
-
-def imbalance(active: list[float]) -> dict:
-    """Active tokens of the busiest rank, in units of the mean over ranks; nothing where there is one rank."""
-    return {} if len(active) == 1 else {"rank_imbalance": max(active) / mean(active) if any(active) else 1.0}
-
 
 def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
-
-class Divergence(Exception):
-    """A loss or gradient that is not finite. Exit status 3."""
 
 
 def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
@@ -1573,15 +1500,18 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
         raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, "
                         "elsewhere of another: copy the record to every machine")
     if dry_run:
-        return print_plan(trainer)
-    record = Record(cfg, rt, Path(cfg.resume) if cfg.resume else None)
+        if not show():
+            raise UserError(f"--dry_run needs {ROOT}/records/show.py, which this script was copied without")
+        show().print_plan(trainer)
+        return 0
+    record = Record(cfg, rt, trainer.first_step)
     history = open_record(trainer, record, state)
     install_signals(trainer)
-    record.progress(trainer.first_step, cfg.num_steps)
     for step in range(trainer.first_step, cfg.num_steps + 1):
-        if step != trainer.first_step and (step % cfg.save_every == 0 or step == cfg.num_steps):
+        last = step == cfg.num_steps
+        if step != trainer.first_step and (last or step % cfg.save_every == 0):
             trainer.save(step, record)
-        if step % cfg.val_every == 0 or step == cfg.num_steps:
+        if last or step % cfg.val_every == 0:
             event = trainer.validate(step)
             reached = cfg.target_loss is not None and event["cross_entropy"] <= cfg.target_loss
             if reached and step:
@@ -1590,75 +1520,25 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             history.append(event)
             record.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  validation "
                        f"{event['cross_entropy']:.4f} nats  sparsity {mean(event['gate_zero']):.3f}")
-            record.plot()
-            if warning := failure_signature(cfg, step, event["cross_entropy"], history):
-                record.say(f"WARNING: {warning}")
+            if show() and rt.main:
+                show().plot(record.events(), cfg, record.folder / "plot.png")
+                if warning := show().failure_signature(cfg, history):
+                    record.say(f"WARNING: {warning}")
             if reached:
                 record.say(f"target loss {cfg.target_loss} reached at step {step}")
                 break
-        if step == cfg.num_steps:
-            break
-        event = trainer.train_step(step)
-        if step % cfg.metrics_every == 0:
-            record.event("train", **event)
-        if step % cfg.log_every == 0:
-            record.say(step_line(event, cfg), step_line=True)
-        record.advance(event)
+        if not last:
+            record.step(trainer.train_step(step))
         if trainer.stopping:
             trainer.save(step + 1, record)
-            return finish_interrupted(trainer, record, step + 1)
-    return finish(trainer, record, step, history)
-
-
-def print_plan(trainer: Trainer) -> int:
-    """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
-    cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
-    parameters, steps = sum(p.numel() for p in trainer.model.parameters()), cfg.num_steps - trainer.first_step
-    weights = 4 * parameters  # bytes; AdamW's two moments are as many each
-    folder = Path(cfg.resume or cfg.records_dir).resolve()
-    folder = next(p for p in (folder, *folder.parents) if p.exists())
-    free, need = shutil.disk_usage(folder).free, 10 * weights  # two checkpoints, a new one, model.safetensors
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--records_dir {cfg.records_dir} cannot be written: name another folder")
-    if need > free:
-        raise UserError(f"--records_dir {cfg.records_dir} has room for {size(free)}, checkpoints need "
-                        f"{size(need)}: make room, or name another folder")
-
-    def flops(shares):  # of a run in which levels see these shares of the tokens
-        stats = [[a * T, a * T, a * T, a * T * (a * T + 1) / 2] for a in shares]
-        return 3 * steps * cfg.batch_size * realised_flops(cfg, stats, T)
-
-    lines = [
-        f"{name + ':':6s} {sum(map(len, shards.tokens)):,} tokens in {len(shards.paths)} shards, "
-        f"{shards.paths[0]} to {shards.paths[-1].name}" for name, shards in trainer.shards.items()]
-    lines += [
-        f"model: {parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, {trainer.origin}",
-        f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
-        f"{steps / loader.steps_per_pass:.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
-        f"{cfg.device_batch_size} sequences a step",
-        f"work:  {flops([1.0] * cfg.n_levels):.3g} training FLOPs if no gate closes"
-        + f", {flops(mean_targets(cfg)):.3g} at the targets" * (cfg.gated and cfg.compute == "packed"),
-        f"bytes: a rank holds weights of {size(weights)}, gradients of {size(weights)}, moments of "
-        f"{size(2 * weights)}, and activations",
-        f"disk:  checkpoints of {size(3 * weights)}, {size(need)} at most; {size(free)} are free in {folder}",
-        f"{rt.device}, {str(rt.dtype).split('.')[1]}; nothing was written: start it without --dry_run"]
-    if rt.main:
-        print(*lines, sep="\n")
+            break
+    record.bar.close()
+    if not trainer.stopping:
+        return finish(trainer, record, step, history)
+    record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
+    record.say(f"interrupted after step {step + 1}; go on with: "
+               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
     return 0
-
-
-def size(n: float) -> str:
-    """Bytes as a person reads them."""
-    power = min(4, int(math.log10(max(n, 1)) / 3))
-    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def step_line(event: dict, cfg: Config) -> str:
-    zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
-    return (f"step {event['step']:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
-            f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
-            f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
-            + (f"  zero gates {zeros}" if cfg.gated else ""))
 
 
 def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
@@ -1668,13 +1548,15 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
             state, size = read_checkpoint(path), (folder / "metrics.jsonl").stat().st_size
             if size >= state["record_bytes"]:
                 return state, path
-            e = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
-        except (UserError, OSError, LookupError, TypeError) as error:
-            e = error if isinstance(error, UserError) else f"{path} does not fit the record ({error})"
-        report("WARNING", f"{e}; trying the checkpoint before")
+            wrong = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
+        except UserError as e:
+            wrong = e
+        except (OSError, LookupError, TypeError) as e:
+            wrong = f"{path} does not fit the record ({e})"
+        report("WARNING", f"{wrong}; trying the checkpoint before")
     if found:
-        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them "
-                        "to start at step 0")
+        raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at "
+                        "step 0")
     return None, None
 
 
@@ -1695,21 +1577,8 @@ def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[di
     record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
     record.write(Path(__file__).name, Path(__file__).read_text())
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    tokens = {k: sum(map(len, s.tokens)) for k, s in trainer.shards.items()}
-    record.say(f"{record.folder}  ({env['command']})")
-    record.say(f"{env['device']}, {rt.world} process{'es' * (rt.world > 1)}, {env['threads']} threads, torch "
-               f"{torch.__version__}, {env['dtype']}"
-               + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
-    record.say(f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {parameters:,} parameters, "
-               f"control {cfg.control}"
-               + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
-    record.say(f"weights: {trainer.origin}")
-    record.say(f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; "
-               f"{cfg.num_steps} steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, "
-               f"{trainer.loader.accumulation} micro-batches each")
-    if cfg.gated and cfg.n_levels == 1:
-        record.say("with 2 blocks there is one level, whose target is --mean_target_start")
+    record.say("\n".join(show().opening_lines(trainer, env, record.folder)) if show() else
+               f"{record.folder}; weights: {trainer.origin}")
     return []
 
 
@@ -1724,85 +1593,34 @@ def install_signals(trainer: Trainer):
         signal.signal(number, handle)
 
 
-def finish_interrupted(trainer: Trainer, record: Record, step: int) -> int:
-    if record.bar:
-        record.bar.close()
-    record.write("summary.json", {"interrupted": True, "step": step, "train_seconds": trainer.train_s})
-    record.say(f"interrupted after step {step}; go on with: "
-               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
-    return 0
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}  # data sheets, dense bfloat16
-
-
-def summarise(trainer: Trainer, step: int, history: list[dict], seconds: dict, steps: list[dict]) -> dict:
-    cfg, rt, last = trainer.cfg, trainer.rt, history[-1]
-    name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
-    peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-    estimated = estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len
-    rate = step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0
-    return {
+def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
+    """Weights, summary, and the closing lines."""
+    cfg, rt, last, recompiles = trainer.cfg, trainer.rt, history[-1], graphs_compiled() - trainer.graphs
+    if rt.main:
+        export_weights(trainer.model, record.folder / "model.safetensors")
+    further = show().further(trainer, last) if show() else {}  # on all ranks
+    if not rt.main:
+        return 0
+    imbalance = [e["rank_imbalance"] for e in record.events() if "rank_imbalance" in e]
+    summary = {
         "interrupted": False, "step": step,
         "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
         "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "estimated_flops_per_token": estimated, "realised_flops_per_token": last["flops_per_token"],
-        "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s, "tokens_per_s": rate,
+        "parameters": trainer.parameters, "realised_flops_per_token": last["flops_per_token"],
         "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
-        "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / (peak * rt.world),
-        "gated_step_seconds": seconds["gated"], "dense_step_seconds": seconds["dense"],
-        "averaged_step_seconds": seconds.get("averaged"),
-        "all_reduce_seconds": seconds["all_reduce"] if rt.world > 1 else None,
-        "rank_imbalance": mean([e.get("rank_imbalance", 1.0) for e in steps] or [1.0]), "ranks": rt.world,
-        "peak_memory_bytes": rt.peak_memory(), "control": cfg.control, "n_layers": cfg.n_layers,
-    }
-
-
-def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
-    """Summary, plot, weights, and the closing lines."""
-    cfg, rt = trainer.cfg, trainer.rt
-    if record.bar:
-        record.bar.close()
-        record.bar = None
-    recompiles = graphs_compiled() - trainer.graphs
-    seconds = trainer.step_seconds()
-    if not rt.main:
-        return 0
-    events = record.events()
-    summary = summarise(trainer, step, history, seconds, [e for e in events if e["kind"] == "train"])
-    summary["recompiles_after_warm_up"] = recompiles
-    export_weights(trainer.model, record.folder / "model.safetensors")
-    record.plot()
+        "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s,
+        "tokens_per_s": step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0,
+        "rank_imbalance": mean(imbalance or [1.0]), "ranks": rt.world, "control": cfg.control,
+        "n_layers": cfg.n_layers, "recompiles_after_warm_up": recompiles} | further
     record.write("summary.json", summary)
-    closing_lines(record, summary, history[0]["cross_entropy"], cfg)
+    record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token (at the start "
+               f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "
+               f"{summary['tokens_per_s']:.0f} tokens/s")
+    record.say("\n".join(show().closing_lines(summary, cfg, record.folder)) if show() else
+               f"record: {record.folder} (no plot, no step time: this script was copied without "
+               "records/show.py)")
     return 0
-
-
-def closing_lines(record: Record, s: dict, first: float, cfg: Config):
-    record.say(f"\nvalidation loss {s['cross_entropy']:.4f} nats a token (at the start {first:.4f}), "
-               f"{s['step']} steps in {s['train_seconds']:.0f} s, {s['tokens_per_s']:.0f} tokens/s")
-    if cfg.gated:
-        full = realised_flops(cfg.dense(), [[1, 1, 1, (cfg.max_seq_len + 1) / 2]] * cfg.n_levels, 1)
-        record.say(f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped "
-                   "each block, in validation")
-        record.say("\n".join(bars(s["gate_zero"])))
-        record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g} realised, {full:.3g} dense "
-                   f"({s['realised_flops_per_token'] / full:.2f} of it)")
-        record.say(f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of "
-                   "the same size (forward and backward of one micro-batch, medians, measured now)")
-    else:
-        record.say(f"FLOPs a token, forward: {s['realised_flops_per_token']:.3g}")
-    if s["ranks"] > 1:
-        record.say(f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} "
-                   "ms alone and lengthens a step by "
-                   f"{1e3 * (s['averaged_step_seconds'] - s['gated_step_seconds']):.1f} ms; the busiest rank "
-                   f"has {s['rank_imbalance']:.3f} of the mean number of active tokens")
-    record.say(f"record: {record.folder} (look at plot.png)\nnext:\n"
-               f"  ./run.sh eval --checkpoint {record.folder}\n"
-               f"  ./run.sh sample --checkpoint {record.folder} --prompt 'def ' --show_depth\n"
-               f"  ./run.sh report")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1812,12 +1630,10 @@ def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Name
     """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
     for f in dataclasses.fields(Config):
         kind = f.type.split(" | ")[0]
-        common = dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})")
-        if kind == "bool":
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(f"--{f.name}", type={"int": int, "float": float, "str": str}[kind],
-                                choices=f.metadata["choices"], **common)
+        how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
+            type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})", **how)
     args = parser.parse_args(argv)
     return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
 
@@ -1834,19 +1650,19 @@ def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
     if explicit.get("config"):
         settings |= recorded_settings(Path(explicit["config"]))
     explicit = restarted_record(settings | explicit) | explicit
-    if explicit.get("resume"):
-        path = Path(explicit["resume"]) / "config.json"
+    if resume := explicit.get("resume"):
+        path = Path(resume) / "config.json"
         if not path.exists():
-            raise UserError(f"--resume {explicit['resume']} is not a record: it has no config.json")
+            raise UserError(f"--resume {resume} is not a record: it has no config.json")
         settings = recorded_settings(path)
         fixed = {k: v for k, v in explicit.items() if k not in RESUME_MAY_CHANGE}
         if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
-            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record "
-                            f"{explicit['resume']}, which has {settings.get(wrong[0])}: leave the flag out")
+            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {resume}, which "
+                            f"has {settings.get(wrong[0])}: leave the flag out")
     elif "control" in explicit or "control" in also:  # another rule's coefficients are its own
         settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}
     source = explicit.get("init_from", settings.get("init_from"))
-    if source and not (explicit.get("resume") and checkpoints(Path(explicit["resume"]))):
+    if source and not (resume and checkpoints(Path(resume))):
         stored, weights = read_weights(source)
         settings |= checkpoint_settings(stored, explicit, source, also)
     return Config(**(settings | explicit)), weights
