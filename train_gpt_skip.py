@@ -997,8 +997,8 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(G: Tensor) -> Tensor:
-    """G (n, rows, columns) with its singular values brought near 1, the smallest least, by Muon's five quintic
-    Newton-Schulz iterations (Jordan et al., 2024)."""
+    """G (n, rows, columns) with its singular values brought near 1, the smallest least, by Muon's five
+    quintic Newton-Schulz iterations (Jordan et al., 2024)."""
     X = G.mT if G.shape[1] > G.shape[2] else G
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
