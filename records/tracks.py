@@ -15,6 +15,7 @@ other numbers of steps belong to it alone.
 """
 import argparse
 import ast
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import fmean as mean, median, stdev
 
@@ -83,7 +85,8 @@ ROWS = {name: (it_is, f"{flags} --optimizer adamw") for name, (it_is, flags) in 
 ROWS |= {f"muon_{prefix}_{name}": (  # for the speedrun
              f"Muon: {MUON[name][0]}, {steps} steps of 8 sequences",
              f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 --num_steps {steps}")
-         for prefix, steps in (("b8", 1300), ("b8_1600", 1600)) for name in ("dense_6", "derivative_8_0.25")}
+         for prefix, steps in (("b8", 1300), ("b8_1600", 1600))
+         for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
 TRIED = {  # settings that were no gain and are no flag: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
@@ -106,7 +109,7 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
 
 def on_line(row: str) -> bool:
     """Is it a point of a dense line?"""
-    return re.fullmatch(r"(muon_)?dense_\d+", row) is not None
+    return re.fullmatch(r"(muon_)?(b8_1600_)?dense_\d+", row) is not None
 
 
 def row_of(record: str) -> tuple[str, int]:
@@ -236,8 +239,8 @@ def survival(t: float, df: float) -> float:
 
 
 def gather(folder: Path) -> dict[str, dict]:
-    """Rows by name: losses of the finished seeds, mean costs, blocks, date, and `dense`: is it a point of a
-    dense line?"""
+    """Rows by name: losses of the finished seeds, mean costs, blocks, date, `dense`: is it a point of a dense
+    line?, `line`: which one is its own, by optimizer and steps, and `full`: is there one?"""
     rows, times, seeds = {}, {}, {}  # the newest times of a row or record, over dense_8's of that measurement
     for path in sorted(folder.glob("*_times/times.json")):
         content = json.loads(path.read_text())
@@ -254,7 +257,7 @@ def gather(folder: Path) -> dict[str, dict]:
             row["losses"].append(s["cross_entropy"])
             row["records"].append(path.name)
             row |= dict(dense=on_line(name), n_layers=s["n_layers"], steps=s["step"],
-                        date=path.name[:10], line="Muon" if name.startswith("muon_") else "AdamW")
+                        date=path.name[:10])
             timed = times.get(path.name, times.get(name, {}))
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]), ("forward time", timed.get("forward")),
@@ -268,14 +271,18 @@ def gather(folder: Path) -> dict[str, dict]:
         row["each"] = {k: [x / unit[k] for x in v] for k, v in row["each"].items() if k in unit}
         row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
         row["mean"], row["n"] = mean(row["losses"]), len(row["losses"])
-        row["full"] = not steps or row["steps"] == steps
+        others = f", {row['steps']:,} steps" * (bool(steps) and row["steps"] != steps)
+        row["line"] = ("Muon" if row["name"].startswith("muon_") else "AdamW") + others
         row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
+    lines = Counter(row["line"] for row in rows.values() if row["dense"])
+    for row in rows.values():
+        row["full"] = "," not in row["line"] or lines[row["line"]] > 1
     return rows
 
 
 def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
-    """The dense rows of an optimizer, the cheapest first."""
-    found = [r for r in rows.values() if r["dense"] and r["full"] and r["line"] == line]
+    """The dense rows of a line, the cheapest first."""
+    found = [r for r in rows.values() if r["dense"] and r["line"] == line]
     return sorted((r for r in found if cost in r["costs"]), key=lambda r: r["costs"][cost])
 
 
@@ -374,7 +381,8 @@ def figure(rows: dict[str, dict], path: Path):
     costs = [c for c in COSTS if any(c in r["costs"] for r in others)] or list(COSTS)[:1]
     fig, axes = plt.subplots(-(-len(costs) // 2), min(2, len(costs)), figsize=(12, 4.2 * -(-len(costs) // 2)),
                              sharey=True, squeeze=False, layout="constrained")
-    marks = {"AdamW": ("0.35", "o"), "Muon": ("C0", "D")}  # of an optimizer
+    marks = dict(zip(sorted({r["line"] for r in rows.values()}),
+                     itertools.cycle((("0.35", "o"), ("C0", "D"), ("C2", "v"), ("C3", "^")))))
     for ax, cost in zip(axes.flat, costs):
         for line, (color, _) in marks.items():
             if found := dense_line(rows, line, cost):
