@@ -62,6 +62,8 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
     "adaptive_8_0.25": ("Table 1's adaptive control", "--mean_target_end 0.25 --control adaptive"),
     "derivative_8_0.25": ("Table 1's proportional-derivative control",
                           "--mean_target_end 0.25 --control proportional_derivative"),
+    "zero_8_0.25": ("derivative_8_0.25, routers that start without a preference (weights 0, bias 0.05)",
+                    "--mean_target_end 0.25 --control proportional_derivative --router_init zero"),
     **{f"derivative_{L}_{target}": (
         f"{L} blocks, {share} of the tokens in the middle, Table 1's proportional-derivative control",
         f"--n_layers {L} --mean_target_end {target} --control proportional_derivative")
@@ -86,7 +88,7 @@ ROWS |= {f"muon_{prefix}_{name}": (  # for the speedrun
              f"Muon: {MUON[name][0]}, {steps} steps of 8 sequences",
              f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 --num_steps {steps}")
          for prefix, steps in (("b8", 1300), ("b8_1600", 1600))
-         for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
+         for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25", "zero_8_0.25")}
 TRIED = {  # settings that were no gain and are no flag: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
