@@ -308,21 +308,6 @@ def test_initial_weights_are_normal_norms_one_and_router_biases_zero():
         tgs.initialise(model, cfg)
 
 
-def test_with_router_init_zero_all_tokens_start_with_the_same_gates_and_all_of_them_teach_the_routers():
-    cfg = Config(**TINY | dict(router_init="zero"))
-    model = MiddleSkippingTransformer(cfg)
-    tgs.initialise(model, cfg)
-    tokens = torch.randint(cfg.vocab_size, (2, cfg.max_seq_len + 1))
-    loss, stats = model(tokens[:, :-1], tokens[:, 1:])
-    mean, variance = tgs.moments(stats, 2 * cfg.max_seq_len)
-    assert mean.tolist() == pytest.approx([1 - 0.05 * (level + 1) for level in range(cfg.n_levels)])
-    assert variance.abs().max() < 1e-6
-    loss.backward()
-    assert all(router.linear.weight.grad.all() and router.linear.bias.grad.all() for router in model.masks)
-    assert all(p.std().item() == pytest.approx(0.02, rel=0.5) for name, p in model.named_parameters()
-               if "norm" not in name and "masks" not in name)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # FlexAttention's tables and kernel (CUDA's path), as far as a CPU can show them
 

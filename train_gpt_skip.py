@@ -91,8 +91,6 @@ class Config:
     var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
     coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
     tolerance: float = flag(0.01, "tolerance delta: smaller deviations move nothing", allow="at least 0")
-    router_init: str = flag("normal", "routers start random (the paper), or with all tokens alike: weights 0, "
-                            "bias 0.05", "normal", "zero")
     # data
     train_files: str = flag("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
     val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
@@ -689,17 +687,12 @@ class MiddleSkippingTransformer(nn.Module):
 
 
 def initialise(model: nn.Module, cfg: Config):
-    """Normal(0, initializer_range) for every weight, zero for router biases, one for norms. With
-    --router_init zero, routers start without a preference among tokens: weights zero, biases 0.05 (at 0 their
-    ReLU would pass no gradient)."""
-    alike = cfg.router_init == "zero"
+    """Normal(0, initializer_range) for every weight, zero for router biases, one for norms."""
     generator = torch.Generator().manual_seed(cfg.seed)
     for name, p in model.named_parameters():
         if re.search(r"norm\.weight$", name):
             nn.init.ones_(p)
         elif re.fullmatch(r"masks\.\d+\.linear\.bias", name):
-            nn.init.constant_(p, 0.05 if alike else 0.0)
-        elif re.fullmatch(r"masks\.\d+\.linear\.weight", name) and alike:
             nn.init.zeros_(p)
         elif re.search(r"(tok_embeddings|output|w[qkvo123]|masks\.\d+\.linear)\.weight$", name):
             nn.init.normal_(p, 0.0, cfg.initializer_range, generator=generator)

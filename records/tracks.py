@@ -62,8 +62,6 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
     "adaptive_8_0.25": ("Table 1's adaptive control", "--mean_target_end 0.25 --control adaptive"),
     "derivative_8_0.25": ("Table 1's proportional-derivative control",
                           "--mean_target_end 0.25 --control proportional_derivative"),
-    "zero_8_0.25": ("derivative_8_0.25, routers that start without a preference (weights 0, bias 0.05)",
-                    "--mean_target_end 0.25 --control proportional_derivative --router_init zero"),
     **{f"derivative_{L}_{target}": (
         f"{L} blocks, {share} of the tokens in the middle, Table 1's proportional-derivative control",
         f"--n_layers {L} --mean_target_end {target} --control proportional_derivative")
@@ -88,7 +86,7 @@ ROWS |= {f"muon_{prefix}_{name}": (  # for the speedrun
              f"Muon: {MUON[name][0]}, {steps} steps of 8 sequences",
              f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 --num_steps {steps}")
          for prefix, steps in (("b8", 1300), ("b8_1600", 1600))
-         for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25", "zero_8_0.25")}
+         for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
 TRIED = {  # settings that were no gain and are no flag: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
@@ -105,6 +103,14 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
     "muon_slow_4_0.5": "Muon: derivative_4_0.5, the routers at a tenth of the rate",
     "muon_noise_8_0.25": "Muon: gated_8_0.25_gamma0.003, normal noise of 0.5 on the routers' scores in "
                          "training, falling with the rate",
+    "muon_b8_1600_zero_8_0.25": "Muon: derivative_8_0.25, routers that start without a preference (weights 0, "
+                                "bias 0.05), 1600 steps of 8 sequences",
+    "muon_b8_1600_topk_bin": "Muon: the highest scores of a batch are open (in validation, those above a "
+                             "running threshold) with gates of 1, the target's share from a fifth of the "
+                             "steps on, closed tokens teach nothing, 1600 steps of 8 sequences",
+    "muon_b8_1600_topk_sig": "Muon: muon_b8_1600_topk_bin, gates a sigmoid of the score above the threshold",
+    "muon_b8_1600_topk_sig_late": "Muon: muon_b8_1600_topk_sig, the shares falling from a fifth to half of the "
+                                  "steps",
 }
 
 # ---- running ----------------------------------------------------------------------------------------------
