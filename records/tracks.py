@@ -103,14 +103,14 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
     "muon_slow_4_0.5": "Muon: derivative_4_0.5, the routers at a tenth of the rate",
     "muon_noise_8_0.25": "Muon: gated_8_0.25_gamma0.003, normal noise of 0.5 on the routers' scores in "
                          "training, falling with the rate",
-    "muon_b8_1600_zero_8_0.25": "Muon: derivative_8_0.25, routers that start without a preference (weights 0, "
-                                "bias 0.05), 1600 steps of 8 sequences",
+    "muon_b8_1600_zero_8_0.25": "Muon: derivative_8_0.25, routers that start without a preference (weights "
+                                "0, bias 0.05), 1600 steps of 8 sequences",
     "muon_b8_1600_topk_bin": "Muon: the highest scores of a batch are open (in validation, those above a "
                              "running threshold) with gates of 1, the target's share from a fifth of the "
                              "steps on, closed tokens teach nothing, 1600 steps of 8 sequences",
     "muon_b8_1600_topk_sig": "Muon: muon_b8_1600_topk_bin, gates a sigmoid of the score above the threshold",
-    "muon_b8_1600_topk_sig_late": "Muon: muon_b8_1600_topk_sig, the shares falling from a fifth to half of the "
-                                  "steps",
+    "muon_b8_1600_topk_sig_late": "Muon: muon_b8_1600_topk_sig, the shares falling from a fifth to half of "
+                                  "the steps",
 }
 
 # ---- running ----------------------------------------------------------------------------------------------
