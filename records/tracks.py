@@ -105,6 +105,9 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
                          "training, falling with the rate",
     "muon_b8_1600_zero_8_0.25": "Muon: derivative_8_0.25, routers that start without a preference (weights "
                                 "0, bias 0.05), 1600 steps of 8 sequences",
+    "muon_b8_1600_wsd_derivative_8_0.25": "Muon: derivative_8_0.25, the rate constant after its warm-up and "
+                                          "falling to 0 over the second half, 1600 steps of 8 sequences",
+    "muon_b8_1600_wsd_dense_5": "Muon: dense, the same, 1600 steps of 8 sequences",
     "muon_b8_1600_topk_bin": "Muon: the highest scores of a batch are open (in validation, those above a "
                              "running threshold) with gates of 1, the target's share from a fifth of the "
                              "steps on, closed tokens teach nothing, 1600 steps of 8 sequences",
