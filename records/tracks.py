@@ -10,8 +10,8 @@ else runs, and costs are not taken from these runs but from `time` and from exac
 weights of gated rows, which git ignores: a seed without weights counts with the mean of its row's others.
 
 Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense
-models. *Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks reaches; rows of
-other numbers of steps belong to it alone.
+models of as many steps. *Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks
+reaches; rows whose number of steps or schedule has no dense line belong to it alone.
 """
 import argparse
 import ast
@@ -87,7 +87,7 @@ ROWS |= {f"muon_{prefix}_{name}": (  # for the speedrun
              f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 --num_steps {steps}")
          for prefix, steps in (("b8", 1300), ("b8_1600", 1600))
          for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
-TRIED = {  # settings that were no gain and are no flag: the script in their record has them
+TRIED = {  # settings that are no flag, most because they were no gain: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
     "muon_bias_w0.5": "Muon: targets as in muon_prop_w0.5, met by moving the routers' biases, without a "
@@ -120,7 +120,7 @@ TRIED = {  # settings that were no gain and are no flag: the script in their rec
 
 def on_line(row: str) -> bool:
     """Is it a point of a dense line?"""
-    return re.fullmatch(r"(muon_)?(b8_1600_)?dense_\d+", row) is not None
+    return re.fullmatch(r"(muon_)?(b8_1600_)?(wsd_)?dense_\d+", row) is not None
 
 
 def row_of(record: str) -> tuple[str, int]:
@@ -282,7 +282,7 @@ def gather(folder: Path) -> dict[str, dict]:
         row["each"] = {k: [x / unit[k] for x in v] for k, v in row["each"].items() if k in unit}
         row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
         row["mean"], row["n"] = mean(row["losses"]), len(row["losses"])
-        others = f", {row['steps']:,} steps" * (bool(steps) and row["steps"] != steps)
+        others = f", {row['steps']:,} steps" * (bool(steps) and row["steps"] != steps) + ", wsd" * ("_wsd_" in row["name"])
         row["line"] = ("Muon" if row["name"].startswith("muon_") else "AdamW") + others
         row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
     lines = Counter(row["line"] for row in rows.values() if row["dense"])
