@@ -282,7 +282,8 @@ def gather(folder: Path) -> dict[str, dict]:
         row["each"] = {k: [x / unit[k] for x in v] for k, v in row["each"].items() if k in unit}
         row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
         row["mean"], row["n"] = mean(row["losses"]), len(row["losses"])
-        others = f", {row['steps']:,} steps" * (bool(steps) and row["steps"] != steps) + ", wsd" * ("_wsd_" in row["name"])
+        others = f", {row['steps']:,} steps" * (bool(steps) and row["steps"] != steps)
+        others += ", wsd" * ("_wsd_" in row["name"])  # the schedule
         row["line"] = ("Muon" if row["name"].startswith("muon_") else "AdamW") + others
         row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
     lines = Counter(row["line"] for row in rows.values() if row["dense"])
