@@ -869,6 +869,16 @@ def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
     assert tgs.learning_rate(0, Config(**TINY | dict(lr=2.0, warmup_fraction=0.0))) == 2.0
 
 
+def test_with_a_cooldown_the_learning_rate_stays_constant_and_then_falls_linearly_to_zero():
+    cfg = Config(**TINY | dict(num_steps=100, lr=2.0, cooldown_fraction=0.4))
+    lr = [tgs.learning_rate(i, cfg) for i in range(101)]
+    assert lr[:10] == [tgs.learning_rate(i, Config(**TINY | dict(num_steps=100, lr=2.0))) for i in range(10)]
+    assert lr[10:61] == [2.0] * 51
+    assert lr[60:] == pytest.approx([2.0 * (100 - i) / 40 for i in range(60, 101)])
+    never = Config(**TINY | dict(num_steps=100, lr=2.0, cooldown_fraction=0.0))
+    assert tgs.learning_rate(99, never) == 2.0
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_optimizers_groups_partition_the_parameters(optimizer):
     model, cfg = random_model(optimizer=optimizer)
@@ -1311,6 +1321,7 @@ def test_importing_the_script_does_no_work():
     (["--gate_attention", "none"], "still a key"), (["--control", "magic"], "--control"),
     (["--control", "sparsity", "--coef_update", "1"], "--coef_update"),
     (["--mean_target_end", "1.5"], "between 0 and 1"),
+    (["--warmup_fraction", "0.3", "--cooldown_fraction", "0.8"], "more than all steps"),
     (["--train_files", "nowhere/*.bin"], "matches no file"), (["--resume", "nowhere"], "not a record"),
     (["--init_from", "nowhere"], "does not exist"), (["eval"], "eval"),
     (["--preset", "huge"], "--preset")])

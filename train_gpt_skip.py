@@ -101,7 +101,7 @@ class Config:
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
-    # optimizer and schedule (linear warm-up, cosine decay)
+    # optimizer and schedule
     optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
     beta1: float = fraction(0.8, "decay of AdamW's first moment")
@@ -111,6 +111,8 @@ class Config:
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
     num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
     warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
+    cooldown_fraction: float | None = fraction(
+        None, "share of the steps over which a constant rate falls linearly to 0 (default: a cosine)")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
@@ -162,6 +164,9 @@ class Config:
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
+        yield self.warmup_fraction + (self.cooldown_fraction or 0) <= 1, (
+            f"--warmup_fraction {self.warmup_fraction} and --cooldown_fraction {self.cooldown_fraction} are "
+            "more than all steps together")
         lossless = self.control in ("dense", "none", "random")
         yield not (lossless and (self.mean_coef_init or self.var_coef_init)), (
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
@@ -1008,10 +1013,14 @@ def orthogonal(G: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up from start_factor lr over the first W steps, then a cosine to 0 (Section 3.1)."""
+    """Linear warm-up from start_factor lr over the first W steps, then a cosine to 0 (Section 3.1); or lr
+    until the last C steps, over which it falls linearly to 0."""
     W = int(cfg.warmup_fraction * cfg.num_steps)
     if step < W:
         return cfg.lr * (cfg.start_factor + (1 - cfg.start_factor) * step / W)
+    if cfg.cooldown_fraction is not None:
+        C = int(cfg.cooldown_fraction * cfg.num_steps)
+        return cfg.lr * min(1.0, (cfg.num_steps - step) / max(1, C))
     return cfg.lr * (1 + math.cos(math.pi * (step - W) / (cfg.num_steps - W))) / 2
 
 

@@ -82,10 +82,16 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
 }
 ROWS = {name: (it_is, f"{flags} --optimizer adamw") for name, (it_is, flags) in ROWS.items()} | {
     f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon") for name, (it_is, flags) in MUON.items()}
-ROWS |= {f"muon_{prefix}_{name}": (  # for the speedrun
-             f"Muon: {MUON[name][0]}, {steps} steps of 8 sequences",
-             f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 --num_steps {steps}")
-         for prefix, steps in (("b8", 1300), ("b8_1600", 1600))
+OTHERS = {  # for the speedrun; "wsd": warm-up, stable, decay
+    "b8": (", 1300 steps of 8 sequences", "--num_steps 1300"),
+    "b8_1600": (", 1600 steps of 8 sequences", "--num_steps 1600"),
+    "b8_1600_wsd": (", 1600 steps of 8 sequences, a constant rate that falls over the second half",
+                    "--num_steps 1600 --cooldown_fraction 0.5"),
+}
+ROWS |= {f"muon_{prefix}_{name}": (
+             f"Muon: {MUON[name][0]}{differs}",
+             f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 {flags}")
+         for prefix, (differs, flags) in OTHERS.items()
          for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
 TRIED = {  # settings that are no flag, most because they were no gain: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
@@ -105,9 +111,6 @@ TRIED = {  # settings that are no flag, most because they were no gain: the scri
                          "training, falling with the rate",
     "muon_b8_1600_zero_8_0.25": "Muon: derivative_8_0.25, routers that start without a preference (weights "
                                 "0, bias 0.05), 1600 steps of 8 sequences",
-    "muon_b8_1600_wsd_derivative_8_0.25": "Muon: derivative_8_0.25, the rate constant after its warm-up and "
-                                          "falling to 0 over the second half, 1600 steps of 8 sequences",
-    "muon_b8_1600_wsd_dense_5": "Muon: dense, the same, 1600 steps of 8 sequences",
     "muon_b8_1600_topk_bin": "Muon: the highest scores of a batch are open (in validation, those above a "
                              "running threshold) with gates of 1, the target's share from a fifth of the "
                              "steps on, closed tokens teach nothing, 1600 steps of 8 sequences",
