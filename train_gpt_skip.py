@@ -111,8 +111,8 @@ class Config:
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
     num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
     warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
-    cooldown_fraction: float | None = fraction(
-        None, "share of the steps over which a constant rate falls linearly to 0 (default: a cosine)")
+    cooldown_fraction: float = fraction(
+        0.0, "share of the steps that falls linearly to 0, after a constant rate (0: a cosine)")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
@@ -164,7 +164,7 @@ class Config:
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
-        yield self.warmup_fraction + (self.cooldown_fraction or 0) <= 1, (
+        yield self.warmup_fraction + self.cooldown_fraction <= 1, (
             f"--warmup_fraction {self.warmup_fraction} and --cooldown_fraction {self.cooldown_fraction} are "
             "more than all steps together")
         lossless = self.control in ("dense", "none", "random")
@@ -1013,14 +1013,13 @@ def orthogonal(G: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up from start_factor lr over the first W steps, then a cosine to 0 (Section 3.1); or lr
-    until the last C steps, over which it falls linearly to 0."""
-    W = int(cfg.warmup_fraction * cfg.num_steps)
+    """Linear warm-up from start_factor lr over the first W steps, then a cosine to 0 (Section 3.1); or, with
+    a cooldown, lr until the last C steps, over which it falls linearly to 0."""
+    W, C = (int(f * cfg.num_steps) for f in (cfg.warmup_fraction, cfg.cooldown_fraction))
     if step < W:
         return cfg.lr * (cfg.start_factor + (1 - cfg.start_factor) * step / W)
-    if cfg.cooldown_fraction is not None:
-        C = int(cfg.cooldown_fraction * cfg.num_steps)
-        return cfg.lr * min(1.0, (cfg.num_steps - step) / max(1, C))
+    if C:
+        return cfg.lr * min(1.0, (cfg.num_steps - step) / C)
     return cfg.lr * (1 + math.cos(math.pi * (step - W) / (cfg.num_steps - W))) / 2
 
 

@@ -85,8 +85,9 @@ ROWS = {name: (it_is, f"{flags} --optimizer adamw") for name, (it_is, flags) in 
 OTHERS = {  # for the speedrun; "wsd": warm-up, stable, decay
     "b8": (", 1300 steps of 8 sequences", "--num_steps 1300"),
     "b8_1600": (", 1600 steps of 8 sequences", "--num_steps 1600"),
-    "b8_1600_wsd": (", 1600 steps of 8 sequences, a constant rate that falls over the second half",
-                    "--num_steps 1600 --cooldown_fraction 0.5"),
+    **{f"{prefix}_wsd": (f", {steps} steps of 8 sequences, a constant rate that falls over the second half",
+                         f"--num_steps {steps} --cooldown_fraction 0.5")
+       for prefix, steps in (("b8", 1300), ("b8_1600", 1600))},
 }
 ROWS |= {f"muon_{prefix}_{name}": (
              f"Muon: {MUON[name][0]}{differs}",
