@@ -10,8 +10,8 @@ else runs, and costs are not taken from these runs but from `time` and from exac
 weights of gated rows, which git ignores: a seed without weights counts with the mean of its row's others.
 
 Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense
-models of as many steps. *Speedrun*: the least training cost to reach TARGET, what the dense model of 8 blocks
-reaches; rows whose number of steps or schedule has no dense line belong to it alone.
+models of the same regime. *Speedrun*: the least training cost to reach TARGET, what the dense model of 8
+blocks reaches; rows whose regime has no dense line belong to it alone.
 """
 import argparse
 import ast
@@ -82,17 +82,18 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
 }
 ROWS = {name: (it_is, f"{flags} --optimizer adamw") for name, (it_is, flags) in ROWS.items()} | {
     f"muon_{name}": (f"Muon: {it_is}", f"{flags} --optimizer muon") for name, (it_is, flags) in MUON.items()}
-OTHERS = {  # for the speedrun; "wsd": warm-up, stable, decay
-    "b8": (", 1300 steps of 8 sequences", "--num_steps 1300"),
-    "b8_1600": (", 1600 steps of 8 sequences", "--num_steps 1600"),
-    **{f"{prefix}_wsd": (f", {steps} steps of 8 sequences, a constant rate that falls over the second half",
-                         f"--num_steps {steps} --cooldown_fraction 0.5")
-       for prefix, steps in (("b8", 1300), ("b8_1600", 1600))},
+WSD = "--cooldown_fraction 0.5"  # warm-up, a stable rate, decay
+B8, T1024 = "--batch_size 8 --device_batch_size 8", "--max_seq_len 1024 --batch_size 2 --device_batch_size 2"
+REGIMES = {  # other numbers of tokens, lengths and schedules, each with a dense line of its own
+    "b8": ("1,300 steps of 8", f"{B8} --num_steps 1300"),
+    "b8_1600": ("1,600 steps of 8", f"{B8} --num_steps 1600"),
+    "b8_wsd": ("1,300 steps of 8, wsd", f"{B8} --num_steps 1300 {WSD}"),
+    "b8_1600_wsd": ("1,600 steps of 8, wsd", f"{B8} --num_steps 1600 {WSD}"),
+    "t1024_wsd": ("1,600 steps of 2 x 1024, wsd", f"{T1024} --num_steps 1600 {WSD}"),
 }
-ROWS |= {f"muon_{prefix}_{name}": (
-             f"Muon: {MUON[name][0]}{differs}",
-             f"{MUON[name][1]} --optimizer muon --batch_size 8 --device_batch_size 8 {flags}")
-         for prefix, (differs, flags) in OTHERS.items()
+ROWS |= {f"muon_{regime}_{name}": (f"Muon: {MUON[name][0]}, {differs}",
+                                   f"{MUON[name][1]} --optimizer muon {flags}")
+         for regime, (differs, flags) in REGIMES.items()
          for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
 TRIED = {  # settings that are no flag, most because they were no gain: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
@@ -112,6 +113,10 @@ TRIED = {  # settings that are no flag, most because they were no gain: the scri
                          "training, falling with the rate",
     "muon_b8_1600_zero_8_0.25": "Muon: derivative_8_0.25, routers that start without a preference (weights "
                                 "0, bias 0.05), 1600 steps of 8 sequences",
+    "muon_b8_1600_wsd_late": "Muon: derivative_8_0.25, 1,600 steps of 8, wsd, uncontrolled for a fifth of "
+                             "the steps, then targets falling from 1 until half of them; open gates too "
+                             "teach the router, straight through its ReLU",
+    "muon_b8_1600_wsd_sharp": "Muon: muon_b8_1600_wsd_late, the gates' slope in S growing to 10 meanwhile",
     "muon_b8_1600_topk_bin": "Muon: the highest scores of a batch are open (in validation, those above a "
                              "running threshold) with gates of 1, the target's share from a fifth of the "
                              "steps on, closed tokens teach nothing, 1600 steps of 8 sequences",
@@ -122,9 +127,15 @@ TRIED = {  # settings that are no flag, most because they were no gain: the scri
 
 # ---- running ----------------------------------------------------------------------------------------------
 
+def parts(row: str) -> tuple[str | None, str | None, str]:
+    """(optimizer, regime, setting) of a row's name."""
+    regimes = "|".join(sorted(REGIMES, key=len, reverse=True))
+    return re.fullmatch(rf"(?:(muon)_)?(?:({regimes})_)?(.+)", row).groups()
+
+
 def on_line(row: str) -> bool:
     """Is it a point of a dense line?"""
-    return re.fullmatch(r"(muon_)?(b8_1600_)?(wsd_)?dense_\d+", row) is not None
+    return re.fullmatch(r"dense_\d+", parts(row)[2]) is not None
 
 
 def row_of(record: str) -> tuple[str, int]:
@@ -196,15 +207,14 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 0.0
         sides[name] = model, optimizers
-    shards, T = tgs.Shards(cfg, "val"), cfg.max_seq_len
-    places = tgs.sequences(shards, cfg)
-    most = max(model.cfg.device_batch_size for model, _ in sides.values())
-    seconds = {name: ([], []) for name in sides}
+    shards, seconds = tgs.Shards(cfg, "val"), {name: ([], []) for name in sides}
+    tokens = max(model.cfg.device_batch_size * model.cfg.max_seq_len for model, _ in sides.values())
     for i in range(rounds + 2):
-        first = i * most % (len(places) - most)
-        windows = torch.stack([shards.window(*place, T + 1) for place in places[first:first + most]])
         for name, (model, optimizers) in sides.items():
-            batch = windows[:model.cfg.device_batch_size]
+            B, T = model.cfg.device_batch_size, model.cfg.max_seq_len
+            places = tgs.sequences(shards, model.cfg)
+            first = i * tokens // T % (len(places) - B)
+            batch = torch.stack([shards.window(*place, T + 1) for place in places[first:first + B]])
 
             def forward():
                 with torch.no_grad():
@@ -219,7 +229,7 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
             for into, what in zip(seconds[name], (forward, step)):
                 start = time.perf_counter()
                 what()
-                of = most / len(batch) if what is forward else 1  # a forward pass of as many tokens for all
+                of = tokens / B / T if what is forward else 1  # a forward pass of as many tokens for all
                 into.append((time.perf_counter() - start) * of)
     kept = {name: {"forward": forward[2:], "train": train[2:]}  # (the first two compile)
             for name, (forward, train) in seconds.items()}
@@ -255,7 +265,7 @@ def survival(t: float, df: float) -> float:
 
 def gather(folder: Path) -> dict[str, dict]:
     """Rows by name: losses of the finished seeds, mean costs, blocks, date, `dense`: is it a point of a dense
-    line?, `line`: which one is its own, by optimizer and steps, and `full`: is there one?"""
+    line?, `line`: which one is its own, by optimizer and regime, and `full`: is there one?"""
     rows, times, seeds = {}, {}, {}  # the newest times of a row or record, over dense_8's of that measurement
     for path in sorted(folder.glob("*_times/times.json")):
         content = json.loads(path.read_text())
@@ -281,14 +291,13 @@ def gather(folder: Path) -> dict[str, dict]:
     for row in rows.values():
         row["each"] = {k: v for k, v in row["costs"].items() if None not in v}  # seed by seed
         row["costs"] = {k: mean(v) for k, v in row["each"].items()}
-    unit, steps = (rows.get("dense_8", {}).get(k, {}) for k in ("costs", "steps"))
+    unit = rows.get("dense_8", {}).get("costs", {})
     for row in rows.values():
         row["each"] = {k: [x / unit[k] for x in v] for k, v in row["each"].items() if k in unit}
         row["costs"] = {k: v / unit[k] for k, v in row["costs"].items() if k in unit}
         row["mean"], row["n"] = mean(row["losses"]), len(row["losses"])
-        others = f", {row['steps']:,} steps" * (bool(steps) and row["steps"] != steps)
-        others += ", wsd" * ("_wsd_" in row["name"])  # the schedule
-        row["line"] = ("Muon" if row["name"].startswith("muon_") else "AdamW") + others
+        optimizer, regime, _ = parts(row["name"])
+        row["line"] = ("Muon" if optimizer else "AdamW") + (f", {REGIMES[regime][0]}" if regime else "")
         row["sd"] = stdev(row["losses"]) if row["n"] > 1 else math.nan
     lines = Counter(row["line"] for row in rows.values() if row["dense"])
     for row in rows.values():
