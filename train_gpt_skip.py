@@ -470,10 +470,9 @@ class RowBlockAttention(torch.autograd.Function):
         for rows, keys in RowBlockAttention.blocks(lengths):
             n, m = rows.stop - rows.start, keys.stop - keys.start
             q_rows = qh[:, rows].reshape(len(kh), -1, D)  # (kv_heads, group * n, head_dim)
-            p = torch.baddbmm(causal[:1, :1], q_rows, kh[:, keys].mT, beta=0, alpha=D**-0.5).view(H, n, m)
+            bias, beta = (causal[0, :1], 0) if ln_g is None else (ln_g[keys], 1)
+            p = torch.baddbmm(bias, q_rows, kh[:, keys].mT, beta=beta, alpha=D**-0.5).view(H, n, m)
             p[..., m - n:] += causal[:n, :n]
-            if ln_g is not None:
-                p += ln_g[keys]
             p = torch.softmax(p, -1, out=p).to(v.dtype)
             oh[:, rows] = torch.bmm(p.view(len(kh), -1, m), vh[:, keys]).view(H, n, D)
             weights += [p] if wanted else []
