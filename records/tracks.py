@@ -117,6 +117,14 @@ TRIED = {  # settings that are no flag, most because they were no gain: the scri
                              "the steps, then targets falling from 1 until half of them; open gates too "
                              "teach the router, straight through its ReLU",
     "muon_b8_1600_wsd_sharp": "Muon: muon_b8_1600_wsd_late, the gates' slope in S growing to 10 meanwhile",
+    "muon_b8_1600_wsd_reopen": "Muon: derivative_8_0.25, 1,600 steps of 8, wsd, closed gates too feel the "
+                               "mean's coefficient",
+    "muon_b8_1600_wsd_reopen_leak": "Muon: muon_b8_1600_wsd_reopen, open gates too teach the router",
+    "muon_b8_1600_wsd_reopen_slow": "Muon: muon_b8_1600_wsd_reopen_leak, the routers at a tenth of the rate",
+    "muon_b8_1600_wsd_slow": "Muon: derivative_8_0.25, 1,600 steps of 8, wsd, the routers at a tenth of the "
+                             "rate",
+    "muon_b8_1600_wsd_slow_open": "Muon: muon_b8_1600_wsd_slow, the controller observes the share of open "
+                                  "gates instead of their mean",
     "muon_b8_1600_topk_bin": "Muon: the highest scores of a batch are open (in validation, those above a "
                              "running threshold) with gates of 1, the target's share from a fifth of the "
                              "steps on, closed tokens teach nothing, 1600 steps of 8 sequences",
