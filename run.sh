@@ -37,7 +37,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 case "${1:-train}" in
     test) shift; exec "$python" -m pytest -q test_skip.py "$@" ;;
     eval) shift; exec "$python" records/evaluate.py "$@" ;;
-    sample|export|report|bench|plan|tracks) tool=$1; shift; exec "$python" "records/$tool.py" "$@" ;;
+    sample|export|report|bench|plan|tracks|gain) tool=$1; shift; exec "$python" "records/$tool.py" "$@" ;;
     train) shift || true ;;
 esac
 

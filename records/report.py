@@ -316,7 +316,7 @@ def main(argv=None) -> int:
     if args.verify:
         frontier = [f for f in args.folders or [HERE] if (f / "frontier").is_dir()]
         runs = [f for f in [*found, *find_records([f / "frontier" for f in frontier])]
-                if not any((f / other).exists() for other in ("bench.json", "times.json"))]
+                if not any((f / other).exists() for other in ("bench.json", "times.json", "gain.json"))]
         wrong = {f: said for f in runs if (said := verify(f))}
         for f, said in wrong.items():
             print(f"report.py: error: {f.name}: {said}", file=sys.stderr)
