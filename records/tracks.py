@@ -94,7 +94,7 @@ REGIMES = {  # other numbers of tokens, lengths and schedules, each with a dense
 ROWS |= {f"muon_{regime}_{name}": (f"Muon: {MUON[name][0]}, {differs}",
                                    f"{MUON[name][1]} --optimizer muon {flags}")
          for regime, (differs, flags) in REGIMES.items()
-         for name in ("dense_4", "dense_5", "dense_6", "derivative_8_0.25")}
+         for name in ("dense_4", "dense_5", "dense_6", "dense_8", "derivative_8_0.25")}
 TRIED = {  # settings that are no flag, most because they were no gain: the script in their record has them
     "muon_prop_w0.5": "Muon: a quarter in the middle, targets falling from 1 over the first half, a "
                       "third of the coefficient update (few gates reach 0)",
