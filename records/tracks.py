@@ -31,8 +31,9 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 FRONTIER = HERE / "frontier"
-BASE = ["--preset", "demo", "--num_steps", "1000", "--val_tokens", "262144", "--val_every", "250",
-        "--save_every", "1000", "--log_every", "50", "--metrics_every", "5", "--compile"]
+BASE = ["--preset", "demo", "--num_steps", "1000", "--batch_size", "16", "--device_batch_size", "16",
+        "--cooldown_fraction", "0", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
+        "--log_every", "50", "--metrics_every", "5", "--compile"]
 TARGET = 1.432  # nats, a fixed threshold: the mean of dense_8
 DENSE, GATED = "dense", "gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle"
 PAPER = "--control proportional --coef_update 0.03"  # the paper's rule; the demo has the derivative's
