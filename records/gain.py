@@ -92,11 +92,12 @@ def curves(shallow: list[dict[str, Tensor]], deep: list[dict[str, Tensor]]) -> d
 
 
 def neighbours(shallow: str, deep: str, rows: dict[str, dict]) -> dict[str, tuple[float, float, float]]:
-    """(share of the further FLOPs, share of the gain, its standard deviation over seeds) of the rows of the
-    same line with at least 4 seeds."""
+    """(share of the further FLOPs, share of the gain, the standard error of the row's mean in that unit) of
+    the rows of the same line with at least 4 seeds."""
     a, b, cost = rows[shallow], rows[deep], "forward FLOPs"
-    return {name: ((r["costs"][cost] - a["costs"][cost]) / (b["costs"][cost] - a["costs"][cost]),
-                   (a["mean"] - r["mean"]) / (a["mean"] - b["mean"]), r["sd"] / abs(a["mean"] - b["mean"]))
+    flops, gain = b["costs"][cost] - a["costs"][cost], a["mean"] - b["mean"]
+    return {name: ((r["costs"][cost] - a["costs"][cost]) / flops, (a["mean"] - r["mean"]) / gain,
+                   r["sd"] / r["n"]**0.5 / abs(gain))
             for name, r in rows.items() if r["line"] == a["line"] and r["n"] >= 4}
 
 
@@ -109,12 +110,12 @@ def figure(content: dict, path: Path):
     for name, label, color in (("token", "the token itself", "C0"), ("entropy", "the uncertainty", "C4"),
                                ("state", "a linear function of the state", "C2")):
         ax.plot(SHARES, content["curves"][name], color=color, label=f"tokens chosen by {label}")
-    for name, (x, y, sd) in content["rows"].items():
+    for name, (x, y, error) in content["rows"].items():
         dense = tracks.on_line(name)
-        ax.errorbar(x, y, sd, fmt="s" if dense else "D", color="0.25" if dense else "C3", capsize=3, ms=6,
+        ax.errorbar(x, y, error, fmt="s" if dense else "D", color="0.25" if dense else "C3", capsize=3, ms=6,
                     label=None if dense else f"gated: {tracks.parts(name)[2]}")
         if dense:
-            ax.annotate(f"dense, {content['blocks'][name]} blocks", (x, y), (8, -10),
+            ax.annotate(f"dense, {content['blocks'][name]} blocks", (x, y), (8, -12),
                         textcoords="offset points", fontsize=9, color="0.25")
     ax.set(xlabel="share of the further blocks' FLOPs (of the tokens that run them)",
            ylabel="share of what they gain", xlim=(-0.03, 1.15))
@@ -152,8 +153,8 @@ def main(argv=None) -> int:
         for share in (0.1, 0.25, 0.5, 0.75):
             at = {name: curve[round(share / 0.05)] for name, curve in content["curves"].items()}
             print(f"{share:.2f} of the tokens: " + ", ".join(f"by {name} {y:.2f}" for name, y in at.items()))
-        for name, (x, y, sd) in content["rows"].items():
-            print(f"{name}: {x:.2f} of the further FLOPs, {y:.2f} ± {sd:.2f} of the gain")
+        for name, (x, y, error) in content["rows"].items():
+            print(f"{name}: {x:.2f} of the further FLOPs, {y:.2f} ± {error:.2f} of the gain")
         print(f"record: {folder}")
         return 0
 
