@@ -185,8 +185,8 @@ PRESETS = {
         dim=64, n_layers=8, n_heads=2, vocab_size=257, max_seq_len=256, encoding="bytes",
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=65536,
         shuffle=True, batch_size=8, device_batch_size=8, optimizer="muon", lr=3e-3, num_steps=1100,
-        cooldown_fraction=0.5, val_every=100, save_every=500, control="proportional_derivative",
-        mean_target_end=0.25, dtype="float32"),
+        cooldown_fraction=0.5, val_every=100, save_every=500, log_every=10, metrics_every=10,
+        control="proportional_derivative", mean_target_end=0.25, dtype="float32"),
 }
 
 
