@@ -875,6 +875,8 @@ def test_with_a_cooldown_the_learning_rate_stays_constant_and_then_falls_linearl
     assert lr[:10] == [tgs.learning_rate(i, Config(**TINY | dict(num_steps=100, lr=2.0))) for i in range(10)]
     assert lr[10:61] == [2.0] * 51
     assert lr[60:] == pytest.approx([2.0 * (100 - i) / 40 for i in range(60, 101)])
+    short = Config(**TINY | dict(num_steps=10, lr=2.0, cooldown_fraction=0.05))  # less than a step: no cosine
+    assert tgs.learning_rate(9, short) == 2.0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -2961,6 +2963,7 @@ def test_gain_compares_two_rows_and_places_the_others_between_them(tmp_path, cor
             assert tgs.main(flags(corpus, tmp_path, control="dense", n_layers=n_layers, seed=seed,
                                   num_steps=1, name=f"dense_{n_layers}_seed{seed}")) == 0
     frontier_record(tmp_path, "dense_8", 0, 1.0)
+    frontier_record(tmp_path, "muon_dense_8", 0, 1.0)
     command = ["--records_dir", str(tmp_path), "--shallow", "dense_1", "--deep"]
     assert gain_of.main([*command, "dense_3"]) == 0 and "0.50 of the further FLOPs" in capsys.readouterr().out
     (path,) = tmp_path.glob("*_gain/gain.json")
@@ -2968,8 +2971,13 @@ def test_gain_compares_two_rows_and_places_the_others_between_them(tmp_path, cor
     assert content["seeds"] == [4, 4] and path.with_name("gain.png").stat().st_size > 5000
     assert content["rows"]["dense_1"][:2] == [0, 0] and content["rows"]["dense_3"][:2] == [1, 1]
     assert all((curve[0], curve[-1]) == (0, 1) for curve in content["curves"].values())
-    assert gain_of.main([*command, "dense_8"]) == 2
-    assert "no weights of the row dense_8" in capsys.readouterr().err
+    for deep, said in (("dense_8", "has no weights here: train a seed again with ./run.sh --config"),
+                       ("dense_7", "no finished record of the row dense_7"),
+                       ("muon_dense_8", "not of one regime"), ("dense_1", "not deeper than dense_1")):
+        assert gain_of.main([*command, deep]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert len(list(tmp_path.glob("*_gain"))) == 1
 
 
 def test_tracks_run_what_is_not_recorded_seed_by_seed_and_resume_what_was_interrupted(tmp_path, monkeypatch,

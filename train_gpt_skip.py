@@ -112,7 +112,7 @@ class Config:
     num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
     warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
     cooldown_fraction: float = fraction(
-        0.0, "share of the steps that falls linearly to 0, after a constant rate (0: a cosine)")
+        0.0, "share of the steps in which lr falls linearly to 0, constant before (0: a cosine)")
     start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
@@ -1017,8 +1017,8 @@ def learning_rate(step: int, cfg: Config) -> float:
     W, C = (int(f * cfg.num_steps) for f in (cfg.warmup_fraction, cfg.cooldown_fraction))
     if step < W:
         return cfg.lr * (cfg.start_factor + (1 - cfg.start_factor) * step / W)
-    if C:
-        return cfg.lr * min(1.0, (cfg.num_steps - step) / C)
+    if cfg.cooldown_fraction:
+        return cfg.lr * min(1.0, (cfg.num_steps - step) / max(1, C))
     return cfg.lr * (1 + math.cos(math.pi * (step - W) / (cfg.num_steps - W))) / 2
 
 

@@ -8,7 +8,7 @@ over its seeds, on validation text. For every share of the tokens the answer is 
 that lies in those which a rule ranks first:
 
     token     by the token itself: the mean gain of its equals (what routers were seen to learn)
-    state     by a linear function of the shallow model's last state (as a router sees it)
+    state     by a linear function of the shallow model's last, normalised state (routers see earlier ones)
     entropy   by the shallow model's uncertainty about the next token (what early exits go by)
 
 The first two are fitted on one half of the text and measured on the other, in turn. Beside them stand the
@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import tool  # noqa: E402,F401  (finds the trainer)
 import tracks  # noqa: E402
 from tool import UserError, tgs  # noqa: E402
 
@@ -101,6 +100,26 @@ def neighbours(shallow: str, deep: str, rows: dict[str, dict]) -> dict[str, tupl
             for name, r in rows.items() if r["line"] == a["line"] and r["n"] >= 4}
 
 
+def weights_of(args) -> list[list[Path]]:
+    """Records of the two rows whose weights are here. Raises UserError where the rows cannot be compared."""
+    rows, found = tracks.gather(args.records_dir), tracks.recorded(args.records_dir)
+    for row in (args.shallow, args.deep, "dense_8"):  # (the unit of costs)
+        if row not in rows:
+            raise UserError(f"no finished record of the row {row} is in {args.records_dir}: ./run.sh tracks "
+                            f"run --rows {row}")
+    if rows[args.shallow]["line"] != rows[args.deep]["line"]:
+        raise UserError(f"{args.shallow} and {args.deep} are not of one regime: name two rows of one line")
+    if rows[args.shallow]["n_layers"] >= rows[args.deep]["n_layers"]:
+        raise UserError(f"--deep {args.deep} is not deeper than {args.shallow}: name a row of more blocks")
+    each = [[path for (name, _), path in found.items() if name == row] for row in (args.shallow, args.deep)]
+    here = [[path for path in paths if (path / "model.safetensors").exists()] for paths in each]
+    for row, paths, kept in zip((args.shallow, args.deep), each, here):
+        if not kept:
+            raise UserError(f"the row {row} has no weights here: train a seed again with ./run.sh --config "
+                            f"{tracks.relative(paths[0])}/config.json")
+    return here
+
+
 def figure(content: dict, path: Path):
     import matplotlib
     matplotlib.use("Agg")
@@ -135,14 +154,8 @@ def main(argv=None) -> int:
         parser.add_argument("--records_dir", type=Path, default=tracks.FRONTIER,
                             help=f"(default: {tracks.FRONTIER.name})")
         args = parser.parse_args(argv)
-        rows, models = tracks.gather(args.records_dir), []
-        for row in (args.shallow, args.deep):
-            records = [path for (name, _), path in tracks.recorded(args.records_dir).items()
-                       if name == row and (path / "model.safetensors").exists()]
-            if not records:
-                raise UserError(f"no weights of the row {row} are in {args.records_dir}: record it here with "
-                                f"./run.sh tracks run --rows {row}")
-            models.append([per_token(path) for path in records])
+        models = [[per_token(path) for path in paths] for paths in weights_of(args)]
+        rows = tracks.gather(args.records_dir)
         content = {"shallow": args.shallow, "deep": args.deep, "seeds": [len(m) for m in models],
                    "tokens": len(models[0][0]["token"]), "shares": [round(float(x), 2) for x in SHARES],
                    "curves": curves(*models), "rows": neighbours(args.shallow, args.deep, rows)}

@@ -416,7 +416,8 @@ def figure(rows: dict[str, dict], path: Path):
     fig, axes = plt.subplots(-(-len(costs) // 2), min(2, len(costs)), figsize=(12, 4.2 * -(-len(costs) // 2)),
                              sharey=True, squeeze=False, layout="constrained")
     marks = dict(zip(sorted({r["line"] for r in rows.values()}),
-                     itertools.cycle((("0.35", "o"), ("C0", "D"), ("C2", "v"), ("C3", "^")))))
+                     itertools.cycle((("0.35", "o"), ("C0", "D"), ("C2", "v"), ("C3", "^"),
+                                      ("C4", "p"), ("C5", "h")))))
     for ax, cost in zip(axes.flat, costs):
         for line, (color, _) in marks.items():
             if found := dense_line(rows, line, cost):
