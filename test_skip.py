@@ -2945,32 +2945,35 @@ def test_the_gain_of_further_blocks_is_found_in_the_tokens_that_have_it():
     random = torch.Generator().manual_seed(0)
     token = torch.randint(10, (4000,), generator=random)
     gain = (token < 2).float() + 0.1 * torch.randn(4000, generator=random)  # a fifth of the tokens has it
-    state = torch.nn.functional.one_hot(token, 12)[:, :11].float()  # (one column is empty)
-    seed = dict(token=token, state=state, entropy=-gain, loss=1 + gain)  # the uncertainty misleads
-    curve = gain_of.curves([seed, seed], [dict(loss=torch.ones(4000))])
+    states = torch.nn.functional.one_hot(token, 12)[:, :11].float()  # (one column is empty)
+    seed = dict(token=token, states=states, entropy=-gain)  # the uncertainty misleads
+    curve = gain_of.curves(gain, [seed, seed])
     half = [round(0.2 / 0.05), round(0.6 / 0.05)]
-    for name in ("token", "state"):
+    for name in ("token", "states"):
         assert [curve[name][i] for i in (0, *half, -1)] == pytest.approx([0, 1, 1, 1], abs=0.04)
     assert curve["entropy"][half[1]] < 0.01
-    even = gain_of.curves([seed | dict(loss=torch.ones(4000) + 0.5)], [dict(loss=torch.ones(4000))])
+    even = gain_of.curves(torch.full((4000,), 0.5), [seed])
     assert even["token"] == pytest.approx(gain_of.SHARES.tolist(), abs=1e-3)  # nothing is there to find
 
 
 def test_gain_compares_two_rows_and_places_the_others_between_them(tmp_path, corpus, capsys):
     gain_of = importlib.import_module("gain")
-    for n_layers in (1, 2, 3):
+    for n_layers in (1, 3, 5):
         for seed in range(4):
             assert tgs.main(flags(corpus, tmp_path, control="dense", n_layers=n_layers, seed=seed,
                                   num_steps=1, name=f"dense_{n_layers}_seed{seed}")) == 0
     frontier_record(tmp_path, "dense_8", 0, 1.0)
     frontier_record(tmp_path, "muon_dense_8", 0, 1.0)
     command = ["--records_dir", str(tmp_path), "--shallow", "dense_1", "--deep"]
-    assert gain_of.main([*command, "dense_3"]) == 0 and "0.50 of the further FLOPs" in capsys.readouterr().out
+    assert gain_of.main([*command, "dense_5"]) == 0 and "0.50 of the further FLOPs" in capsys.readouterr().out
     (path,) = tmp_path.glob("*_gain/gain.json")
     content = json.loads(path.read_text())
     assert content["seeds"] == [4, 4] and path.with_name("gain.png").stat().st_size > 5000
-    assert content["rows"]["dense_1"][:2] == [0, 0] and content["rows"]["dense_3"][:2] == [1, 1]
+    assert content["rows"]["dense_1"][:2] == [0, 0] and content["rows"]["dense_5"][:2] == [1, 1]
     assert all((curve[0], curve[-1]) == (0, 1) for curve in content["curves"].values())
+    states = gain_of.per_token(next(tmp_path.glob("*_dense_5_seed0")))["states"]  # behind the first block
+    assert states.shape == (content["tokens"], TINY["dim"])
+    assert states.square().mean(1).allclose(torch.ones(len(states)), atol=1e-3)
     for deep, said in (("dense_8", "has no weights here: train a seed again with ./run.sh --config"),
                        ("dense_7", "no finished record of the row dense_7"),
                        ("muon_dense_8", "not of one regime"), ("dense_1", "not deeper than dense_1")):

@@ -8,13 +8,15 @@ over its seeds, on validation text. For every share of the tokens the answer is 
 that lies in those which a rule ranks first:
 
     token     by the token itself: the mean gain of its equals (what routers were seen to learn)
-    state     by a linear function of the shallow model's last, normalised state (routers see earlier ones)
-    entropy   by the shallow model's uncertainty about the next token (what early exits go by)
+    states    by a linear function of the deep model's states where routers would be that can close its
+              middle (behind its first L/2 - 1 blocks, normalised): the best that such routers could do
+    entropy   by the deep model's uncertainty about the next token (known only after its last block)
 
-The first two are fitted on one half of the text and measured on the other, in turn. Beside them stand the
-dense models in between and the gated rows of the same line, at their share of the further FLOPs and of the
-gain (of the mean losses of all seeds): where a rule's curve passes through the dense points, a router that
-follows it is a draw with fewer blocks. It is an estimate: further blocks also serve other tokens, as keys.
+The first two are fitted on one half of the text and measured on the other, in turn, a deep model at a time;
+the curves are the means over the models. Beside them stand the dense models in between and the gated rows of
+the same line, at their share of the further FLOPs and of the gain (of the mean losses of all seeds): where a
+rule's curve passes through the dense points, a router that follows it is a draw with fewer blocks. It is an
+estimate: further blocks also serve other tokens, as keys, and gates that are trained change the states.
 """
 import argparse
 import json
@@ -36,22 +38,33 @@ SHARES = np.arange(0, 1.0001, 0.05)
 @torch.no_grad()
 def per_token(record: Path) -> dict[str, Tensor]:
     """Of every validation token (n): itself, the loss of the next (nats), the entropy of its prediction, and
-    the last state (n, d)."""
+    the states behind each of the first L/2 - 1 blocks, normalised, side by side (n, (L/2 - 1) d)."""
     cfg, weights = tgs.resolve({"init_from": str(record)},
                                (*tgs.GATE_FIELDS, "val_files", "val_tokens", "device_batch_size"))
     rt = tgs.Runtime(cfg)
     model, shards, T = tgs.build_model(cfg, rt, weights, record.name), tgs.Shards(cfg, "val"), cfg.max_seq_len
-    places, found = tgs.sequences(shards, cfg), {"token": [], "loss": [], "entropy": [], "state": []}
+    places, found = tgs.sequences(shards, cfg), {"token": [], "loss": [], "entropy": [], "states": []}
+    run, states = model.block, []
+
+    def block(l, *args):
+        h = run(l, *args)
+        if l < cfg.n_layers // 2 - 1:
+            states.append(F.rms_norm(h, h.shape[-1:]))
+        return h
+
+    model.block = block
     for first in range(0, len(places), cfg.device_batch_size):
         windows = torch.stack([shards.window(*place, T + 1)
                                for place in places[first:first + cfg.device_batch_size]]).to(rt.device)
         tokens, n = windows[:, :-1].flatten(), windows[:, :-1].numel()
         each = torch.arange(n, device=rt.device)
-        state, _ = model.hidden(tokens, each // T, each % T, len(windows))
-        log_p = model.output(state).float().log_softmax(-1)
-        for name, value in (("token", tokens), ("entropy", -(log_p.exp() * log_p).sum(-1)), ("state", state),
+        last, _ = model.hidden(tokens, each // T, each % T, len(windows))
+        log_p = model.output(last).float().log_softmax(-1)
+        for name, value in (("token", tokens), ("entropy", -(log_p.exp() * log_p).sum(-1)),
+                            ("states", torch.cat(states, 1) if states else last[:, :0]),
                             ("loss", F.nll_loss(log_p, windows[:, 1:].flatten(), reduction="none"))):
             found[name].append(value.cpu())
+        states.clear()
     return {name: torch.cat(values) for name, values in found.items()}
 
 
@@ -72,22 +85,22 @@ def by_token(fit: Tensor, tokens: Tensor, gain: Tensor) -> Tensor:
     return ((sums + 20 * gain[fit].double().mean()) / (count + 20))[tokens]
 
 
-def by_state(fit: Tensor, state: Tensor, gain: Tensor) -> Tensor:
-    """The least-squares fit of the gain by a linear function of the state (n, d), on what `fit` selects."""
-    x = torch.cat([state, torch.ones(len(state), 1)], 1).double()
+def by_states(fit: Tensor, states: Tensor, gain: Tensor) -> Tensor:
+    """The least-squares fit of the gain by a linear function of states (n, d), on what `fit` selects."""
+    x = torch.cat([states, torch.ones(len(states), 1)], 1).double()
     A = x[fit].T @ x[fit] + 1e-3 * fit.sum() * torch.eye(x.shape[1], dtype=torch.float64)
     return x @ torch.linalg.solve(A, x[fit].T @ gain[fit].double())
 
 
-def curves(shallow: list[dict[str, Tensor]], deep: list[dict[str, Tensor]]) -> dict[str, list[float]]:
-    """The share of the gain at each of SHARES, by rule."""
-    gain = sum(m["loss"] for m in shallow) / len(shallow) - sum(m["loss"] for m in deep) / len(deep)
-    tokens, half = shallow[0]["token"], torch.arange(len(gain)) < len(gain) // 2
-    found = {"entropy": captured(sum(m["entropy"] for m in shallow), gain)}
-    for name, rule in (("token", lambda fit: by_token(fit, tokens, gain)),
-                       ("state", lambda fit: sum(by_state(fit, m["state"], gain) for m in shallow))):
-        found[name] = np.mean([captured(rule(fit)[~fit], gain[~fit]) for fit in (half, ~half)], 0)
-    return {name: [round(float(y), 4) for y in found[name]] for name in ("token", "state", "entropy")}
+def curves(gain: Tensor, deep: list[dict[str, Tensor]]) -> dict[str, list[float]]:
+    """The share of the gain (n,) at each of SHARES, by rule."""
+    half, found = torch.arange(len(gain)) < len(gain) // 2, {}
+    for name, rule in (("token", lambda fit, m: by_token(fit, m["token"], gain)),
+                       ("states", lambda fit, m: by_states(fit, m["states"], gain)),
+                       ("entropy", lambda fit, m: m["entropy"])):
+        each = [captured(rule(fit, m)[~fit], gain[~fit]) for m in deep for fit in (half, ~half)]
+        found[name] = [round(float(y), 4) for y in np.mean(each, 0)]
+    return found
 
 
 def neighbours(shallow: str, deep: str, rows: dict[str, dict]) -> dict[str, tuple[float, float, float]]:
@@ -126,8 +139,8 @@ def figure(content: dict, path: Path):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
     ax.plot([0, 1], [0, 1], color="0.8", lw=1, label="any tokens")
-    for name, label, color in (("token", "the token itself", "C0"), ("entropy", "the uncertainty", "C4"),
-                               ("state", "a linear function of the state", "C2")):
+    for name, label, color in (("token", "the token itself", "C0"), ("states", "a linear function of routers' states", "C2"),
+                               ("entropy", "the uncertainty (known at the end)", "C4")):
         ax.plot(SHARES, content["curves"][name], color=color, label=f"tokens chosen by {label}")
     for name, (x, y, error) in content["rows"].items():
         dense = tracks.on_line(name)
@@ -137,7 +150,7 @@ def figure(content: dict, path: Path):
             ax.annotate(f"dense, {content['blocks'][name]} blocks", (x, y), (8, -12),
                         textcoords="offset points", fontsize=9, color="0.25")
     ax.set(xlabel="share of the further blocks' FLOPs (of the tokens that run them)",
-           ylabel="share of what they gain", xlim=(-0.03, 1.15))
+           ylabel="share of what they gain", xlim=(-0.03, 1.2))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.93", lw=0.8)
     ax.set_axisbelow(True)
@@ -156,13 +169,17 @@ def main(argv=None) -> int:
         args = parser.parse_args(argv)
         models = [[per_token(path) for path in paths] for paths in weights_of(args)]
         rows = tracks.gather(args.records_dir)
+        losses = [sum(m["loss"] for m in side) / len(side) for side in models]
+        gain = losses[0] - losses[1]
         content = {"shallow": args.shallow, "deep": args.deep, "seeds": [len(m) for m in models],
-                   "tokens": len(models[0][0]["token"]), "shares": [round(float(x), 2) for x in SHARES],
-                   "curves": curves(*models), "rows": neighbours(args.shallow, args.deep, rows)}
+                   "tokens": len(gain), "gain": round(float(gain.mean()), 5),
+                   "shares": [round(float(x), 2) for x in SHARES], "curves": curves(gain, models[1]),
+                   "rows": neighbours(args.shallow, args.deep, rows)}
         content["blocks"] = {name: rows[name]["n_layers"] for name in content["rows"]}
         folder = tgs.make_folder(args.records_dir, "gain")
         tgs.write_atomically(folder / "gain.json", lambda f: f.write((json.dumps(content) + "\n").encode()))
         figure(content, folder / "gain.png")
+        print(f"the gain: {content['gain']:.4f} nats a token")
         for share in (0.1, 0.25, 0.5, 0.75):
             at = {name: curve[round(share / 0.05)] for name, curve in content["curves"].items()}
             print(f"{share:.2f} of the tokens: " + ", ".join(f"by {name} {y:.2f}" for name, y in at.items()))
