@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train, evaluate or test, setting up what is missing:
-#   ./run.sh [flags]              train; without shards or GPU, the demo (python train_gpt_skip.py --help: all flags)
-#   ./run.sh eval|sample|export|report|bench|plan|tracks [flags]  a tool of records/
+#   ./run.sh [flags]              train; without shards or GPU, the demo (./run.sh --help: all flags)
+#   ./run.sh fineweb|tokenize [flags]  get shards, or make them of texts (data/)
+#   ./run.sh eval|sample|export|report|bench|plan|tracks|gain [flags]  a tool of records/
 #   ./run.sh test [pytest flags]  run the tests
 # NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS go to torchrun.
 set -euo pipefail
@@ -30,6 +31,11 @@ if ! satisfies "$python" "${1:-}"; then
     python=.venv/bin/python
 fi
 
+demo_data() {
+    [ -e data/demo/dataset.json ] ||
+        "$python" data/tokenize_text.py --stdlib --encoding bytes --name demo --out data/demo
+}
+
 # glibc gives large blocks back to the kernel, which clears them page by page when a step asks again: keep them.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
@@ -37,7 +43,12 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 case "${1:-train}" in
     test) shift; exec "$python" -m pytest -q test_skip.py "$@" ;;
     eval) shift; exec "$python" records/evaluate.py "$@" ;;
-    sample|export|report|bench|plan|tracks|gain) tool=$1; shift; exec "$python" "records/$tool.py" "$@" ;;
+    sample|export|report|bench|plan|tracks|gain)
+        tool=$1; shift
+        case "$tool ${1:-}" in "tracks run"|"tracks time"|gain*) demo_data ;; esac
+        exec "$python" "records/$tool.py" "$@" ;;
+    fineweb) shift; exec "$python" data/fineweb.py "$@" ;;
+    tokenize) shift; exec "$python" data/tokenize_text.py "$@" ;;
     train) shift || true ;;
 esac
 
@@ -52,14 +63,13 @@ if [ "$chosen" = no ] && [ "$gpus" -gt 0 ] && [ "$shards" = yes ]; then
 elif [ "$chosen" = no ]; then
     [ "$gpus" -gt 0 ] || echo "run.sh: no GPU: training the demo, a small byte-level model"
     [ "$shards" = yes ] || echo "run.sh: no shards in data/fineweb10B: training the demo on Python's standard" \
-        "library; get FineWeb with: $python data/fineweb.py"
+        "library; get FineWeb with: ./run.sh fineweb"
     set -- --preset demo "$@"
 fi
-case " $* " in *"--preset demo "*|*"--preset=demo "*)
+if [[ " $* " == *" --preset"[\ =]"demo "* ]] || grep -qs data/demo/ -- "${@#--config=}" "${@/%//config.json}"; then
     NPROC=${NPROC:-1}  # its batch is for one device
-    [ -e data/demo/dataset.json ] ||
-        "$python" data/tokenize_text.py --stdlib --encoding bytes --name demo --out data/demo ;;
-esac
+    demo_data
+fi
 
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

@@ -1139,6 +1139,13 @@ def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_check
     dataset["shards"]["d_val_000000.bin"]["tokens"] = 61
     (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
     assert evaluate.main(args) == 2 and "says 61 tokens" in capsys.readouterr().err
+    argv = flags(tmp_path, tmp_path / "r", train_files=args[3], val_files=args[3])
+    for said, words in (({"shards": {"d_val_000000.bin": 7}}, "says 7 tokens"),
+                        ({"encoding": "cl100k"}, "cl100k")):
+        (tmp_path / "d" / "dataset.json").write_text(json.dumps(said))
+        refused_in_one_line(capsys, argv, words)
+    (tmp_path / "d" / "dataset.json").write_text('{"shards": [1]}')  # not ours
+    assert tgs.main(argv) == 0
 
 
 def test_memory_does_not_grow_as_a_run_goes_on(tmp_path, corpus):
@@ -1317,7 +1324,10 @@ def test_importing_the_script_does_no_work():
     (["--no_such_flag", "1"], "--no_such_flag"), (["--n_layers", "3"], "--n_layers 3 must be even"),
     (["--dim", "100"], "--n_heads"), (["--dim", "ten"], "--dim"), (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
-    (["--n_kv_heads", "5"], "--n_kv_heads"), (["--batch_size", "7"], "--device_batch_size"),
+    (["--n_kv_heads", "5"], "--n_kv_heads"), (["--n_kv_heads", "0"], "--n_kv_heads"),
+    (["--name", "a/b"], "--name 'a/b'"), (["--name", "a" * 300], "--name"), (["--seed", "1" * 20], "63 bits"),
+    (["--preset", "gated", "--config", "x.json"], "leave one out"),
+    (["--batch_size", "7"], "--device_batch_size"),
     (["--gate_attention", "none"], "still a key"), (["--control", "magic"], "--control"),
     (["--control", "sparsity", "--coef_update", "1"], "--coef_update"),
     (["--mean_target_end", "1.5"], "between 0 and 1"),
@@ -1507,21 +1517,27 @@ def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole
         assert tgs.main(argv) == 0
         seen = capsys.readouterr()
         assert seen.err.count("WARNING") == seen.err.count("\n") == warnings
-        assert f"resumed at step {step}\n" in seen.out
+        assert f"resumed at step {step} on " in seen.out
         assert same_end(end_of(record), whole)
         return seen.err
 
     resumes(6)  # a finished run ends once more, and loses nothing
+    with open(record / "metrics.jsonl", "ab") as elsewhere:
+        fcntl.flock(elsewhere, fcntl.LOCK_EX)
+        refused_in_one_line(capsys, argv, "another process writes this record")
+    (record / "train_gpt_skip.py").write_text("# another script")
+    resumes(6)
+    assert "WARNING: this is not the script that began" in (record / "log.txt").read_text()
     for damage in (lambda b: b[:len(b) // 2], lambda b: b[:3000] + bytes([b[3000] ^ 1]) + b[3001:],
                    lambda b: b""):
         last.write_bytes(damage(last.read_bytes()))
         (record / "checkpoint_8.pt.partial").write_bytes(b"torn")
-        (record / "checkpoint_old.pt").write_bytes(b"mine")  # not of ours: left alone
+        (record / "checkpoint_best_500.pt").write_bytes(b"mine")  # not of ours: left alone
         with open(record / "metrics.jsonl", "a") as f:
             f.write('{"kind": "train", "st')
         assert str(last) in resumes(4, warnings=1)
-        assert (record / "checkpoint_old.pt").read_bytes() == b"mine"
-    (record / "checkpoint_old.pt").unlink()
+        assert (record / "checkpoint_best_500.pt").read_bytes() == b"mine"
+    (record / "checkpoint_best_500.pt").unlink()
 
     events_then = (record / "metrics.jsonl").read_bytes()
     (record / "metrics.jsonl").write_bytes(events_then[:-900])
@@ -1593,7 +1609,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_th
     assert summary["interrupted"] and summary["step"] == step
     assert [p.name for p in tgs.checkpoints(record)] == [f"checkpoint_{step}.pt"]
     command = run.text().splitlines()[-1].split("go on with: ")[1].split()
-    assert command[0] == "python" and command[2:] == ["--resume", str(record)]
+    assert command == ["./run.sh", "--resume", str(record)]
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path, corpus):
@@ -1609,8 +1625,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, corpus):
 
 def test_an_interrupt_before_the_first_step_is_one_line_too(tmp_path, corpus, capsys, monkeypatch):
     monkeypatch.setattr(tgs, "build_model", lambda *args, **kw: throw(KeyboardInterrupt))
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted before the first step",
-                        status=130)
+    refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted", status=130)
     assert not (tmp_path / "r").exists()
 
 
@@ -2964,6 +2979,8 @@ def test_gain_compares_two_rows_and_places_the_others_between_them(tmp_path, cor
                                   num_steps=1, name=f"dense_{n_layers}_seed{seed}")) == 0
     frontier_record(tmp_path, "dense_8", 0, 1.0)
     frontier_record(tmp_path, "muon_dense_8", 0, 1.0)
+    frontier_record(tmp_path, "gated_8_0.25", 0, 1.0)
+    (tmp_path / "2026-01-01_00-00-00_my_seed_trial").mkdir()  # no row's record
     command = ["--records_dir", str(tmp_path), "--shallow", "dense_1", "--deep"]
     assert gain_of.main([*command, "dense_5"]) == 0 and "0.50 of the further FLOPs" in capsys.readouterr().out
     (path,) = tmp_path.glob("*_gain/gain.json")
@@ -2976,6 +2993,7 @@ def test_gain_compares_two_rows_and_places_the_others_between_them(tmp_path, cor
     assert states.square().mean(1).allclose(torch.ones(len(states)), atol=1e-3)
     for deep, said in (("dense_8", "has no weights here: train a seed again with ./run.sh --config"),
                        ("dense_7", "no finished record of the row dense_7"),
+                       ("gated_8_0.25", "not a row of dense models"),
                        ("muon_dense_8", "not of one regime"), ("dense_1", "not deeper than dense_1")):
         assert gain_of.main([*command, deep]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -3007,7 +3025,7 @@ def test_verify_reads_every_record_again_and_names_the_one_that_disagrees(tmp_pa
     verify = ["--verify", str(tmp_path / "a"), "--out", str(tmp_path)]
     assert report.main(verify) == 0 and "2 records read, 0 wrong" in capsys.readouterr().out
     for name, change, words in (
-            ("train_gpt_skip.py", lambda text: text + "# forked", "not the script"),
+            ("train_gpt_skip.py", lambda text: text + "# forked", "source_sha256"),
             ("summary.json", lambda text: re.sub(r'(entropy": )[\d.]+', r"\g<1>0.5", text), "loss of 0.5"),
             ("metrics.jsonl", lambda text: text.replace('"step": 2', '"step": 1'), "training steps once"),
             ("config.json", lambda text: text[:40], "JSONDecodeError")):
@@ -3017,6 +3035,11 @@ def test_verify_reads_every_record_again_and_names_the_one_that_disagrees(tmp_pa
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and inner.name in error and words in error, error
         (inner / name).write_text(before)
+    (inner / "train_gpt_skip.py").rename(inner / "fork.py")
+    (inner / "summary.json").rename(tmp_path / "summary.json")
+    assert report.main(verify) == 0 and "2 records read, 0 wrong, 1 unfinished" in capsys.readouterr().out
+    (tmp_path / "summary.json").rename(inner / "summary.json")
+    assert report.main(verify) == 0 and "unfinished" not in capsys.readouterr().out
     assert report.main(["--verify"]) == 0  # the project's own
 
 

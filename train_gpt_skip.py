@@ -13,7 +13,7 @@ looks at a finished run is in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, datetime, functools, glob, hashlib, importlib.metadata
+import argparse, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, importlib.metadata
 import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,12 +102,12 @@ class Config:
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
     # optimizer and schedule
-    optimizer: str = flag("adamw", "of the blocks' matrices; all else has AdamW", "adamw", "muon")
+    optimizer: str = flag("adamw", "optimizer of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = flag(1e-3, "peak learning rate")
     beta1: float = fraction(0.8, "decay of AdamW's first moment")
     beta2: float = fraction(0.95, "decay of AdamW's second moment")
     eps: float = flag(1e-10, "AdamW epsilon")
-    weight_decay: float = flag(0.0, "AdamW weight decay", allow="at least 0")
+    weight_decay: float = flag(0.0, "weight decay, of both optimizers", allow="at least 0")
     max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
     num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
     warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
@@ -120,7 +120,7 @@ class Config:
     name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
     seed: int = flag(0, "seed of the initial weights, --shuffle and --control random", allow="at least 0")
     device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
-    dtype: str | None = flag(None, "of products (default: bfloat16 on cuda only)", "bfloat16", "float32")
+    dtype: str | None = flag(None, "of matrix products (default: bfloat16 on cuda)", "bfloat16", "float32")
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
     val_every: int = flag(100, "steps between validations")
     save_every: int = flag(1000, "steps between checkpoints")
@@ -140,7 +140,7 @@ class Config:
     tokeniser = property(lambda self: self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2"))
 
     def __post_init__(self):
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
         for name, value in zip(OF_CONTROL, CONTROLS.get(self.control, ())):
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -158,9 +158,9 @@ class Config:
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
         yield self.vocab_size <= 2**16, f"--vocab_size {self.vocab_size}: tokens have 16 bits, at most 65536"
-        yield self.batch_size % self.device_batch_size == 0, (
-            f"--batch_size {self.batch_size} is not a multiple of --device_batch_size "
-            f"{self.device_batch_size}")
+        yield self.seed < 2**63, f"--seed {self.seed} has more than 63 bits"
+        yield re.fullmatch("[^/\0]{1,200}", self.name or "-"), (
+            f"--name {self.name!r} cannot be part of a folder's name: at most 200 characters, no /")
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
@@ -315,10 +315,6 @@ class Layout(NamedTuple):
     sin: Tensor
     tables: list[Tensor] | None  # `mask_tables` (CUDA)
     cache: object = None  # keys and values of earlier tokens (decoding)
-
-    def pairs(self) -> Tensor:
-        """Number of causal (query, key) pairs among the tokens here, when there is no cache; float64."""
-        return (self.counts * (self.counts + 1)).sum().double() / 2
 
 
 def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor],
@@ -585,8 +581,9 @@ def accumulate(router: Router, h: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
 
 def gate_sums(g: Tensor | None, layout: Layout) -> Tensor:
     """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
-    each = (layout.counts,) * 3 if g is None else (g, g.square(), g > 0)
-    return torch.stack([*(x.sum().double() for x in each), layout.pairs()])
+    n = layout.counts
+    each = (n, n, n) if g is None else (g, g.square(), g > 0)
+    return torch.stack([*(x.sum().double() for x in each), (n * (n + 1)).sum().double() / 2])
 
 
 def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
@@ -900,10 +897,12 @@ class Shards:
         """The dataset.json that lies beside the shards, or {}; UserError where it speaks of other shards."""
         path = self.paths[0].parent / "dataset.json"
         dataset = read_json(path) if path.exists() else {}
-        said = dataset.get("shards", {})
+        said = dataset["shards"] if isinstance(dataset.get("shards"), dict) else {}
         for shard in self.describe():
-            if said.get(shard["name"], shard).get("tokens") != shard["tokens"]:
-                raise UserError(f"{path} says {said[shard['name']].get('tokens')} tokens of {shard['name']}, "
+            entry = said.get(shard["name"], shard)
+            count = entry.get("tokens") if isinstance(entry, dict) else entry
+            if count != shard["tokens"]:
+                raise UserError(f"{path} says {count} tokens of {shard['name']}, "
                                 f"which has {shard['tokens']}: one of the two is from another dataset; make "
                                 "or fetch both again")
         return dataset
@@ -975,7 +974,7 @@ def make_optimizers(model: nn.Module, cfg: Config) -> dict[str, torch.optim.Opti
                               betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, **common)
     if not matrices:
         return {"optimizer": adamw}
-    muon = Muon([{"params": matrices, "name": "matrices"}], adjust_lr_fn="match_rms_adamw", **common)
+    muon = Muon([{"params": matrices, "name": "matrices"}], **common)
     return {"optimizer": adamw, "muon": muon}
 
 
@@ -1072,7 +1071,7 @@ def show():
 
 
 class Record:
-    """The folder of a run. Only rank 0 writes; elsewhere every method does nothing."""
+    """The folder of a run. Only rank 0 writes, and only one process at a time: the metrics are locked."""
 
     def __init__(self, cfg: Config, rt: Runtime, first_step: int):
         self.cfg, self.rt, self.folder = cfg, rt, None
@@ -1085,6 +1084,12 @@ class Record:
         self.folder = Path(cfg.resume) if cfg.resume else make_folder(Path(cfg.records_dir), name)
         self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
         self.text = open(self.folder / "log.txt", "ab", buffering=0)
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RankError(f"--resume {cfg.resume}: another process writes this record; wait until it ends")
+        except OSError:
+            pass  # a file system without locks
 
     def append(self, file, line: str):
         """A whole line or none, through no buffer."""
@@ -1125,6 +1130,11 @@ class Record:
                                  f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
         self.bar.update()
 
+    def close(self):
+        self.bar.close()
+        if self.rt.main:
+            self.metrics.close(), self.text.close()
+
     def events(self) -> list[dict]:
         with open(self.folder / "metrics.jsonl") as f:
             return [json.loads(line) for line in f]
@@ -1138,10 +1148,7 @@ class Record:
 
 def rounded(event: dict) -> dict:
     """Six significant digits of every number: what a record keeps."""
-    def short(x):
-        return float(f"{x:.6g}") if isinstance(x, float) else [*map(short, x)] if isinstance(x, list) else x
-
-    return {k: short(v) for k, v in event.items()}
+    return json.loads(json.dumps(event), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
 def make_folder(parent: Path, name: str) -> Path:
@@ -1233,9 +1240,9 @@ def relative(value):
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: ours to go on from, and weights from ours, the authors' or a hub's folder.
 
-def checkpoints(folder: Path, pattern: str = "checkpoint_*.pt") -> list[Path]:
+def checkpoints(folder: Path, prefix: str = "checkpoint_") -> list[Path]:
     """Oldest first."""
-    steps = {path: re.search(r"(\d+)\.pt$", path.name) for path in folder.glob(pattern)}
+    steps = {path: re.fullmatch(prefix + r"(\d+)\.pt", path.name) for path in folder.glob(f"{prefix}*.pt")}
     return sorted(filter(steps.get, steps), key=lambda path: int(steps[path][1]))
 
 
@@ -1265,7 +1272,7 @@ def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
     if not (folder / "config.json").exists():
         raise UserError(f"checkpoint {source} has no config.json beside it, which says the model's sizes")
     if path.is_dir():
-        found = [*path.glob("model.safetensors"), *checkpoints(path), *checkpoints(path, "state_step*.pt")]
+        found = [*path.glob("model.safetensors"), *checkpoints(path), *checkpoints(path, "state_step")]
         if not found:
             raise UserError(f"checkpoint {source} has no checkpoint_*.pt, state_step*.pt or "
                             "model.safetensors")
@@ -1309,9 +1316,6 @@ def is_dense(state: dict) -> bool:
 def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, retrofit=False):
     """Load tensors of any float type; UserError where names or shapes are not the model's. To retrofit is to
     leave the model's routers as they are if the checkpoint is dense."""
-    def kind(v):
-        return f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-
     own = model.state_dict()
     if is_dense(state) and (retrofit or not model.masks):
         routers = {k: v for k, v in own.items() if k.startswith("masks.")}
@@ -1326,8 +1330,9 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, ret
                         f"({len(wrong)} such names){hint}")
     for k, v in state.items():
         if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
-            raise UserError(f"checkpoint {source} does not fit: {k} is {kind(v)}, the model's is "
-                            f"{kind(own[k])}")
+            found = f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+            raise UserError(f"checkpoint {source} does not fit: {k} is {found}, the model's is "
+                            f"{own[k].dtype} {list(own[k].shape)}")
     model.load_state_dict(state)
 
 
@@ -1362,7 +1367,9 @@ class Trainer:
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
-        cfg.encoding = cfg.encoding or self.shards["train"].dataset().get("encoding", cfg.tokeniser)
+        dataset = self.shards["train"].dataset()
+        cfg.encoding = cfg.encoding or dataset.get("encoding", cfg.tokeniser)
+        check_field(Config.__dataclass_fields__["encoding"], cfg.encoding)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
         self.origin = f"from {cfg.init_from}" if weights else "new"
         if weights and cfg.n_routers and is_dense(weights):
@@ -1433,8 +1440,7 @@ class Trainer:
         rt.synchronize()
         self.stopping = host[2] > 0
         self.train_s += (seconds := time.perf_counter() - start)
-        if self.train_flops is not None:
-            self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
+        self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
         event = {
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
             "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
@@ -1480,12 +1486,12 @@ class Trainer:
             self.control.load_state_dict(state["control"])
             self.loader.place = self.loader.fit(*state["place"])
             torch.set_rng_state(state["rng"])
-            self.train_s, self.train_flops = float(state["train_s"]), state.get("train_flops")
+            self.train_s, self.train_flops = float(state["train_s"]), float(state["train_flops"])
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
-            moments = {"optimizer": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+            buffers = {"optimizer": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
             if self.control.coef.shape != self.control.target.shape or any(
                     optimizer.state[p][k].shape != p.shape for name, optimizer in self.optimizers.items()
-                    for group in optimizer.param_groups for p in group["params"] for k in moments[name]):
+                    for group in optimizer.param_groups for p in group["params"] for k in buffers[name]):
                 raise ValueError("moments or coefficients of other sizes")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
@@ -1511,9 +1517,16 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
             raise UserError(f"--dry_run needs {ROOT}/records/show.py, which this script was copied without")
         show().print_plan(trainer)
         return 0
-    record = Record(cfg, rt, trainer.first_step)
-    history = open_record(trainer, record, state)
-    install_signals(trainer)
+    with contextlib.closing(Record(cfg, rt, trainer.first_step)) as record:
+        history = open_record(trainer, record, state)
+        install_signals(trainer)
+        return run(trainer, record, history)
+
+
+def run(trainer: Trainer, record: Record, history: list[dict]) -> int:
+    """From the trainer's first step to the last, or until a signal or --target_loss ends it; history: the
+    validations so far. Returns the exit status."""
+    cfg, rt = trainer.cfg, trainer.rt
     for step in range(trainer.first_step, cfg.num_steps + 1):
         last = step == cfg.num_steps
         if step != trainer.first_step and (last or step % cfg.save_every == 0):
@@ -1544,7 +1557,7 @@ def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
         return finish(trainer, record, step, history)
     record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
     record.say(f"interrupted after step {step + 1}; go on with: "
-               f"{shlex.join(['python', sys.argv[0], '--resume', str(record.folder)])}")
+               f"./run.sh --resume {shlex.quote(str(record.folder))}")
     return 0
 
 
@@ -1570,20 +1583,22 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
 def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[dict]:
     """Write what is known at the start (or, on resume, cut the metrics back to the checkpoint). Returns the
     validations so far."""
-    cfg, rt = trainer.cfg, trainer.rt
-    env = environment(rt, trainer.shards)
-    if not rt.main:
+    if not trainer.rt.main:
         return []
-    if record.cfg.resume:
+    cfg, env, script = trainer.cfg, environment(trainer.rt, trainer.shards), Path(__file__).read_text()
+    if cfg.resume:
         record.metrics.truncate(state["record_bytes"] if state else 0)
         for path in [*record.folder.glob("*.partial"), *checkpoints(record.folder)]:
             if path.suffix == ".partial" or int(path.stem.split("_")[1]) > trainer.first_step:
                 path.unlink()  # what a kill left, and what could not be read
-        record.say(f"resumed at step {trainer.first_step}")
+        record.say(f"resumed at step {trainer.first_step} on {env['device']}, commit {env['git_commit']}")
+        copy = record.folder / Path(__file__).name
+        if not copy.exists() or copy.read_text() != script:
+            record.say("WARNING: this is not the script that began this record, of which it has a copy")
         return [e for e in record.events() if e["kind"] == "val"]
-    record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.write("env.json", env)
-    record.write(Path(__file__).name, Path(__file__).read_text())
+    record.write(Path(__file__).name, script)
+    record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
     record.say("\n".join(show().opening_lines(trainer, env, record.folder)) if show() else
                f"{record.folder}; weights: {trainer.origin}")
     return []
@@ -1615,7 +1630,7 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
         "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
         "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
         "parameters": trainer.parameters, "realised_flops_per_token": last["flops_per_token"],
-        "train_flops": trainer.train_flops,  # realised, exact; None after a resume from before it was kept
+        "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s,
         "tokens_per_s": step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0,
         "rank_imbalance": mean(imbalance or [1.0]), "ranks": rt.world, "control": cfg.control,
@@ -1640,7 +1655,8 @@ def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Name
         how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
             type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default})", **how)
+                            help=f.metadata["help"] + f" (default: {f.default})" * (f.default is not None),
+                            **how)
     args = parser.parse_args(argv)
     return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
 
@@ -1655,6 +1671,8 @@ def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
     then flags; and the checkpoint's weights, if there is one."""
     settings, weights = dict(PRESETS.get(explicit.get("preset"), {})), None
     if explicit.get("config"):
+        if explicit.get("preset"):
+            raise UserError("--preset and --config both choose the settings: leave one out")
         settings |= recorded_settings(Path(explicit["config"]))
     explicit = restarted_record(settings | explicit) | explicit
     if resume := explicit.get("resume"):
@@ -1680,11 +1698,13 @@ RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "s
 
 
 def restarted_record(settings: dict) -> dict:
-    """--resume of the record that this torchrun began before it restarted its processes, or {}."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    """--resume of the record that this torchrun began before it restarted its processes, or {}; of several
+    machines they share a name, "none", with all others."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or run == "none":
         return {}
     begun = sorted(Path(settings.get("records_dir", Config.records_dir)).glob("*/env.json"))
-    mine = [p for p in begun if read_json(p).get("torchrun") == os.environ["TORCHELASTIC_RUN_ID"]]
+    mine = [p for p in begun if read_json(p).get("torchrun") == run]
     return {"resume": str(mine[-1].parent)} if mine else {}
 
 
@@ -1717,12 +1737,12 @@ def exit_status(run: Callable[[], int]) -> int:
         report("stopped", f"{e}; try a lower --lr, --max_grad_norm 1 or --norm sandwich")
         return 3
     except KeyboardInterrupt:
-        report("stopped", "interrupted before the first step")
+        report("stopped", "interrupted")
         return 130
-    except torch.OutOfMemoryError as e:
-        report("error", f"out of GPU memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
-        return 2
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            report("error", f"out of memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
+            return 2
         lost = isinstance(e, dist.DistBackendError) or LOST_PEER.search(str(e))
         if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
             raise
@@ -1734,15 +1754,15 @@ def exit_status(run: Callable[[], int]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def run():
-        parser = Parser("train_gpt_skip.py", description="Train a model and write a record.",
-                        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    def start():
+        parser = Parser("train_gpt_skip.py", usage="%(prog)s [--FLAG VALUE]...", allow_abbrev=False,
+                        description="Train a model and write a record.",
                         epilog="A finished run is looked at with ./run.sh eval, sample and export (--help).")
         parser.add_argument("--dry_run", action="store_true", help="check all, print the plan, write nothing")
         args, explicit = parse_settings(parser, argv)
         return train(*resolve(explicit), args.dry_run)
 
-    return exit_status(run)
+    return exit_status(start)
 
 
 if __name__ == "__main__":

@@ -104,22 +104,28 @@ def curves(gain: Tensor, deep: list[dict[str, Tensor]]) -> dict[str, list[float]
 
 
 def neighbours(shallow: str, deep: str, rows: dict[str, dict]) -> dict[str, tuple[float, float, float]]:
-    """(share of the further FLOPs, share of the gain, the standard error of the row's mean in that unit) of
-    the rows of the same line with at least 4 seeds."""
-    a, b, cost = rows[shallow], rows[deep], "forward FLOPs"
+    """(share of the further FLOPs, share of the gain, its standard error, to which all three rows add) of the
+    rows of the same line with at least 4 seeds."""
+    a, b, cost, found = rows[shallow], rows[deep], "forward FLOPs", {}
     flops, gain = b["costs"][cost] - a["costs"][cost], a["mean"] - b["mean"]
-    return {name: ((r["costs"][cost] - a["costs"][cost]) / flops, (a["mean"] - r["mean"]) / gain,
-                   r["sd"] / r["n"]**0.5 / abs(gain))
-            for name, r in rows.items() if r["line"] == a["line"] and r["n"] >= 4}
+    for name, r in rows.items():
+        if r["line"] == a["line"] and r["n"] >= 4:
+            share = (a["mean"] - r["mean"]) / gain
+            sides = ((1 - share, a), (1.0, r), (share, b)) if name not in (shallow, deep) else ()
+            error = sum(w * w * row["sd"]**2 / row["n"] for w, row in sides) ** 0.5 / abs(gain)
+            found[name] = (r["costs"][cost] - a["costs"][cost]) / flops, share, error
+    return found
 
 
-def weights_of(args) -> list[list[Path]]:
+def weights_of(args, rows: dict[str, dict]) -> list[list[Path]]:
     """Records of the two rows whose weights are here. Raises UserError where the rows cannot be compared."""
-    rows, found = tracks.gather(args.records_dir), tracks.recorded(args.records_dir)
+    found = tracks.recorded(args.records_dir)
     for row in (args.shallow, args.deep, "dense_8"):  # (the unit of costs)
         if row not in rows:
             raise UserError(f"no finished record of the row {row} is in {args.records_dir}: ./run.sh tracks "
                             f"run --rows {row}")
+        if not rows[row]["dense"]:
+            raise UserError(f"{row} is not a row of dense models, which this tool compares")
     if rows[args.shallow]["line"] != rows[args.deep]["line"]:
         raise UserError(f"{args.shallow} and {args.deep} are not of one regime: name two rows of one line")
     if rows[args.shallow]["n_layers"] >= rows[args.deep]["n_layers"]:
@@ -139,7 +145,8 @@ def figure(content: dict, path: Path):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
     ax.plot([0, 1], [0, 1], color="0.8", lw=1, label="any tokens")
-    for name, label, color in (("token", "the token itself", "C0"), ("states", "a linear function of routers' states", "C2"),
+    for name, label, color in (("token", "the token itself", "C0"),
+                               ("states", "a linear function of the states", "C2"),
                                ("entropy", "the uncertainty (known at the end)", "C4")):
         ax.plot(SHARES, content["curves"][name], color=color, label=f"tokens chosen by {label}")
     for name, (x, y, error) in content["rows"].items():
@@ -167,8 +174,8 @@ def main(argv=None) -> int:
         parser.add_argument("--records_dir", type=Path, default=tracks.FRONTIER,
                             help=f"(default: {tracks.FRONTIER.name})")
         args = parser.parse_args(argv)
-        models = [[per_token(path) for path in paths] for paths in weights_of(args)]
         rows = tracks.gather(args.records_dir)
+        models = [[per_token(path) for path in paths] for paths in weights_of(args, rows)]
         losses = [sum(m["loss"] for m in side) / len(side) for side in models]
         gain = losses[0] - losses[1]
         content = {"shallow": args.shallow, "deep": args.deep, "seeds": [len(m) for m in models],

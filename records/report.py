@@ -26,7 +26,7 @@ import tracks  # noqa: E402
 BEGIN, END = "<!-- records/report.py: begin -->", "<!-- records/report.py: end -->"
 FOLDER, FILES = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_."), ("config.json", "summary.json", "bench.json")
 GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|Instinct")
-WITH_TARGET = ("sparsity_variance_l2", "adaptive", "proportional", "proportional_derivative")
+WITH_TARGET = ("sparsity_variance_l2", "random", "adaptive", "proportional", "proportional_derivative")
 MARKERS = dict(none="D", sparsity="v", sparsity_variance="^", sparsity_variance_l2="P", adaptive="*",
                proportional="o", proportional_derivative="h")
 TYPES = dict(control=str, train_files=str, val_files=str, mean_target_end=(int, float), batch_size=int,
@@ -38,6 +38,11 @@ MAX_ROWS = 3  # of the figure
 
 def is_record(folder: Path) -> bool:
     return folder.is_dir() and bool(FOLDER.match(folder.name) or any((folder / f).exists() for f in FILES))
+
+
+def is_run(folder: Path) -> bool:
+    """A training run's record, not one of a measurement."""
+    return not any((folder / f).exists() for f in ("bench.json", "times.json", "gain.json"))
 
 
 def find_records(folders: list[Path]) -> list[Path]:
@@ -92,13 +97,15 @@ def read_run(folder: Path) -> dict:
 def verify(folder: Path) -> str | None:
     """What is wrong with a finished run's record, or None: its files are there, the script is the one that
     ran, metrics go to the end, and the summary's loss is their last."""
+    if not (folder / "summary.json").exists():
+        return None
     try:
         config, env, summary = (read(folder / f) for f in ("config.json", "env.json", "summary.json"))
         if summary["interrupted"]:
             return None
-        script = (folder / "train_gpt_skip.py").read_bytes()
-        if hashlib.sha256(script).hexdigest() != env["source_sha256"]:
-            return "train_gpt_skip.py is not the script that ran (env.json's source_sha256)"
+        scripts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.py")]
+        if env["source_sha256"] not in scripts:
+            return "it holds no script with env.json's source_sha256, the one that ran"
         events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         steps, val = ([e["step"] for e in events if e["kind"] == kind] for kind in ("train", "val"))
         every = config.get("metrics_every", 1)
@@ -147,7 +154,7 @@ BENCH_COLUMNS = {
 
 GROWTH_COLUMNS = {
     "grows": ("grows", str), "size": ("size", str), "variant": ("variant", str),
-    "training FLOPs a token": ("flops_per_token", lambda x: short(x)),
+    "training FLOPs a token": ("flops_per_token", short),
     "time over what FLOPs predict": ("over_flops", "{:.2f}".format),
 }
 
@@ -315,18 +322,19 @@ def main(argv=None) -> int:
     found = find_records(args.folders or [HERE])
     if args.verify:
         frontier = [f for f in args.folders or [HERE] if (f / "frontier").is_dir()]
-        runs = [f for f in [*found, *find_records([f / "frontier" for f in frontier])]
-                if not any((f / other).exists() for other in ("bench.json", "times.json", "gain.json"))]
+        runs = [*filter(is_run, [*found, *find_records([f / "frontier" for f in frontier])])]
         wrong = {f: said for f in runs if (said := verify(f))}
+        unfinished = sum(not (f / "summary.json").exists() for f in runs)
         for f, said in wrong.items():
             print(f"report.py: error: {f.name}: {said}", file=sys.stderr)
-        print(f"{len(runs)} records read, {len(wrong)} wrong")
+        print(f"{len(runs)} records read, {len(wrong)} wrong"
+              + f", {unfinished} unfinished" * (unfinished > 0))
         return 2 if wrong else 0
     if not found:
         print("no records yet: make one with ./run.sh, or the grid of the paper's Figure 2 with "
               "records/sweep.sh")
         return 0
-    runs = [read_run(f) for f in found if (f / "config.json").exists() or not (f / "bench.json").exists()]
+    runs = [*map(read_run, filter(is_run, found))]
     benches = [(f, *bench_table(f)) for f in found if (f / "bench.json").exists()]
     table = cells([r | (dict(control=control_of(r)) if "control" in r else {}) for r in runs], RUN_COLUMNS)
     out = args.out.resolve()

@@ -25,16 +25,24 @@ def dense(cfg: tgs.Config) -> tgs.Config:
     return dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.OF_CONTROL))
 
 
+def aims(cfg: tgs.Config) -> bool:
+    """Has the control targets?"""
+    return cfg.control not in ("dense", "none", "sparsity", "sparsity_variance")
+
+
 # ---- before: the plan, and the log's first lines ----------------------------------------------------------
 
 def print_plan(trainer: tgs.Trainer):
     """What --dry_run says of a run that could start. UserError where the disk has no room for checkpoints."""
     cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
     parameters, steps = trainer.parameters, cfg.num_steps - trainer.first_step
-    weights = 4 * parameters  # bytes; AdamW's two moments are as many each
+    weights = 4 * parameters  # bytes; AdamW's moments are twice, Muon's momenta once as many as what has them
+    moments = 4 * sum((1 if name == "muon" else 2) * p.numel() for name, optimizer in
+                      trainer.optimizers.items() for group in optimizer.param_groups for p in group["params"])
+    checkpoint = weights + moments
     folder = Path(cfg.resume or cfg.records_dir).resolve()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
-    free, need = shutil.disk_usage(folder).free, 10 * weights  # two checkpoints, a new one, model.safetensors
+    free, need = shutil.disk_usage(folder).free, 3 * checkpoint + weights  # (two and a new one)
     if not os.access(folder, os.W_OK):
         raise tgs.UserError(f"--records_dir {cfg.records_dir} cannot be written: name another folder")
     if need > free:
@@ -54,10 +62,10 @@ def print_plan(trainer: tgs.Trainer):
         f"{steps / loader.steps_per_pass:.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
         f"{cfg.device_batch_size} sequences a step",
         f"work:  {flops([1.0] * cfg.n_levels):.3g} training FLOPs if no gate closes"
-        + f", {flops(tgs.mean_targets(cfg)):.3g} at the targets" * (cfg.gated and cfg.compute == "packed"),
+        + f", {flops(tgs.mean_targets(cfg)):.3g} at the targets" * (aims(cfg) and cfg.compute == "packed"),
         f"bytes: a rank holds weights of {size(weights)}, gradients of {size(weights)}, moments of "
-        f"{size(2 * weights)}, and activations",
-        f"disk:  checkpoints of {size(3 * weights)}, {size(need)} at most; {size(free)} are free in {folder}",
+        f"{size(moments)}, and activations",
+        f"disk:  checkpoints of {size(checkpoint)}, {size(need)} at most; {size(free)} are free in {folder}",
         f"{rt.device}, {str(rt.dtype).split('.')[1]}; nothing was written: start it without --dry_run"]
     if rt.main:
         print(*lines, sep="\n")
@@ -78,20 +86,23 @@ def opening_lines(trainer: tgs.Trainer, env: dict, record: Path):
            f"{torch.__version__}, {env['dtype']}" + f", compiled in {trainer.compile_s:.0f} s" * rt.compile)
     yield (f"model: {cfg.n_layers} blocks, d {cfg.dim}, {cfg.n_heads} heads, {trainer.parameters:,} "
            f"parameters, control {cfg.control}"
-           + f" to a mean gate of {cfg.mean_target_end} in the middle" * cfg.gated)
+           + f" to a mean gate of {cfg.mean_target_end} in the middle" * aims(cfg))
     yield f"weights: {trainer.origin}"
     yield (f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; {cfg.num_steps} "
            f"steps of {cfg.batch_size} x {cfg.max_seq_len} tokens, {trainer.loader.accumulation} "
            "micro-batches each")
-    if cfg.gated and cfg.n_levels == 1:
+    if aims(cfg) and cfg.n_levels == 1:
         yield "with 2 blocks there is one level, whose target is --mean_target_start"
 
 
 # ---- at each validation: the plot, and a warning ----------------------------------------------------------
 
 def plot(events: list[dict], cfg: tgs.Config, path: Path):
-    """Loss, sparsity and coefficients over steps, as one picture."""
-    import matplotlib
+    """Loss, sparsity and coefficients over steps, as one picture, where matplotlib is there to draw it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -109,10 +120,12 @@ def plot(events: list[dict], cfg: tgs.Config, path: Path):
         for l in levels:
             label = f"{l} and {cfg.n_layers - 1 - l}"
             axes[1].plot(steps, [e["gate_mean"][l] for e in train], color=colors[l], lw=1.2, label=label)
-            axes[1].axhline(target[l], color=colors[l], lw=0.8, ls=":")
+            if aims(cfg):
+                axes[1].axhline(target[l], color=colors[l], lw=0.8, ls=":")
             axes[2].plot(steps, [e["mean_coef"][l] for e in train], color=colors[l], lw=1.2)
             axes[2].plot(steps, [e["var_coef"][l] for e in train], color=colors[l], lw=1.2, ls="--")
-        axes[1].set(title="Mean gate (dotted: its target)", ylim=(-0.02, 1.02), ylabel="mean gate")
+        axes[1].set(title="Mean gate" + " (dotted: its target)" * aims(cfg), ylim=(-0.02, 1.02),
+                    ylabel="mean gate")
         axes[2].set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
         axes[2].legend(*axes[1].get_legend_handles_labels(), title="blocks", loc="center left",
                        bbox_to_anchor=(1, 0.5), frameon=False)
@@ -129,8 +142,8 @@ def failure_signature(cfg: tgs.Config, history: list[dict]) -> str | None:
     """The paper's ways to fail, as a sentence, if the last of the validations shows one."""
     event, step, ce = history[-1], history[-1]["step"], history[-1]["cross_entropy"]
     first, best = history[0]["cross_entropy"], min(e["cross_entropy"] for e in history)
-    aims = tgs.CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
-    if aims and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
+    asked = tgs.CONTROLS[cfg.control][2] > 0 and cfg.mean_target_end < 0.95
+    if asked and 2 * step >= cfg.num_steps and max(event["gate_zero"]) < 0.01:
         return ("collapse to dense: no gate is closed although the targets ask for it; try a larger "
                 "--coef_update")
     if step and ce > first + 0.1:
@@ -153,7 +166,7 @@ def further(trainer: tgs.Trainer, last: dict) -> dict:
     name = torch.cuda.get_device_name() if rt.device.type == "cuda" else ""
     peak = next((v * rt.world for k, v in PEAK_FLOPS.items() if k in name), None)
     return {"estimated_flops_per_token": estimated_flops(cfg, mean(last["gate_zero"])) / cfg.max_seq_len,
-            "mfu": peak and trainer.train_flops and trainer.train_flops / trainer.train_s / peak,
+            "mfu": peak and trainer.train_s and trainer.train_flops / trainer.train_s / peak,
             "peak_memory_bytes": memory, **{f"{k}_seconds": v for k, v in step_seconds(trainer).items()}}
 
 

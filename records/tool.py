@@ -9,7 +9,7 @@ import tokenize_text  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
 from train_gpt_skip import Config, UserError  # noqa: E402
 
-FROM_CHECKPOINT = *tgs.GATE_FIELDS, "val_files", "val_tokens", "batch_size", "device_batch_size", "dtype"
+FROM_CHECKPOINT = *tgs.GATE_FIELDS, "val_files", "val_tokens", "device_batch_size", "dtype"
 
 
 def main(run, doc: str, options: dict, argv: list[str] | None = None) -> int:
@@ -23,8 +23,6 @@ def main(run, doc: str, options: dict, argv: list[str] | None = None) -> int:
         for name, option in options.items():
             parser.add_argument(f"--{name}", **option)
         args, explicit = tgs.parse_settings(parser, argv)
-        if "device_batch_size" in explicit:  # only micro-batches count
-            explicit["batch_size"] = explicit["device_batch_size"]
         cfg, weights = tgs.resolve(explicit | {"init_from": args.checkpoint}, FROM_CHECKPOINT)
         return run(cfg, weights, args)
 

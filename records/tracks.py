@@ -5,8 +5,8 @@
     ./run.sh report                                                   # tables and figure of what is recorded
 
 A row is a setting, recorded once a seed under records/frontier; interrupted runs go on. All sides of a
-comparison are run seed by seed, on one thread: several may run at once, since losses do not depend on what
-else runs, and costs are not taken from these runs but from `time` and from exact FLOPs. `time` needs the
+comparison are run seed by seed, on one thread: different rows may run at once, since losses do not depend on
+what else runs, and costs are not taken from these runs but from `time` and from exact FLOPs. `time` needs the
 weights of gated rows, which git ignores: a seed without weights counts with the mean of its row's others.
 
 Two tracks are read from the same rows. *Frontier*: loss at equal cost, against the line through the dense
@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 FRONTIER = HERE / "frontier"
 BASE = ["--preset", "demo", "--num_steps", "1000", "--batch_size", "16", "--device_batch_size", "16",
         "--cooldown_fraction", "0", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
-        "--log_every", "50", "--metrics_every", "5", "--compile"]
+        "--log_every", "50", "--metrics_every", "5", "--compile", "--device", "cpu"]
 TARGET = 1.432  # nats, a fixed threshold: the mean of dense_8
 DENSE, GATED = "dense", "gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle"
 PAPER = "--control proportional --coef_update 0.03"  # the paper's rule; the demo has the derivative's
@@ -147,20 +147,25 @@ def on_line(row: str) -> bool:
     return re.fullmatch(r"dense_\d+", parts(row)[2]) is not None
 
 
+ROW = re.compile(r"[\d_-]{20}(.+)_seed(\d+)(?:_\d+)?")  # a record's name
+
+
 def row_of(record: str) -> tuple[str, int]:
     """(row, seed) of a record's name."""
-    name, seed = re.fullmatch(r"[\d_-]{20}(.+)_seed(\d+)(?:_\d+)?", record).groups()
+    name, seed = ROW.fullmatch(record).groups()
     return name, int(seed)
 
 
 def recorded(folder: Path) -> dict[tuple[str, int], Path]:
     """Records of rows by (row, seed); the newest of each."""
-    return {row_of(path.name): path for path in sorted(folder.glob("????-??-??_??-??-??_*_seed*"))}
+    return {row_of(path.name): path for path in sorted(folder.glob("*")) if ROW.fullmatch(path.name)}
 
 
 def summary_of(record: Path) -> dict:
-    path = record / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {"interrupted": True}
+    try:
+        return json.loads((record / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {"interrupted": True}
 
 
 def relative(path: Path) -> str:
@@ -182,7 +187,7 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
             flags = ["--resume", relative(found[row, seed])]
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "train_gpt_skip.py", *flags], cwd=HERE.parent,
-                              env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=subprocess.DEVNULL)
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
         if done.returncode:
             return done.returncode
         seconds.append(time.perf_counter() - start)
@@ -199,6 +204,7 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
     sys.path.insert(0, str(HERE.parent))
     import torch
     import train_gpt_skip as tgs
+    torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     todo, sides = {row: row for row in [*filter(on_line, rows), "dense_8"]}, {}
@@ -362,7 +368,7 @@ def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
         return "-"
     difference, p, seeds = found
     if seeds < 4:
-        return f"{difference:+.4f}: too few seeds"
+        return f"{difference:+.4f}: too few seeds" + " of the line" * (row["n"] >= 4)
     return f"{difference:+.4f}, p {p:.2g}: {'beats' if p < 0.01 else 'does not beat'}"
 
 
