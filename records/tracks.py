@@ -485,7 +485,8 @@ def main(argv=None) -> int:
     parser.add_argument("what", choices=("run", "time"))
     parser.add_argument("--seeds", type=int, default=4, help="seeds of each row (default: 4)")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each row (default: 9)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="(default: all)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                        help="of ROWS in this file (default: all)")
     parser.add_argument("--records_dir", type=Path, default=FRONTIER, help=f"(default: {FRONTIER.name})")
     args = parser.parse_args(argv)
     if args.what == "run":
