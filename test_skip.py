@@ -2426,7 +2426,8 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(bad_inputs, n
     Path("big.txt").write_text("word " * 200_000)
     command = [sys.executable, ROOT / "data" / "tokenize_text.py", *["big.txt"] * 2000]
     command += ["--encoding", "bytes", "--out", "new/out", "--workers", "2"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # (`&` ignores SIGINT)
     while not list(Path().glob("new/out/.tokenize_*/*.bin")):
         assert run.poll() is None
         time.sleep(0.01)
