@@ -1992,7 +1992,7 @@ def test_two_torchrun_agents_act_as_two_machines(tmp_path, corpus, no_plot):
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n),
         "--master_addr", "127.0.0.1",
         "--master_port", port, "--nproc_per_node", "1", str(ROOT / "train_gpt_skip.py"),
-        *flags(corpus, tmp_path / "two", **kw)],
+        *flags(corpus, tmp_path / "two", **kw)], env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
     outputs = [agent.communicate(timeout=90)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
