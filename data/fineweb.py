@@ -1,8 +1,8 @@
 """Fetch FineWeb, tokenized with the gpt2 encoding, from the Hugging Face hub.
 
-    python data/fineweb.py                                        # the validation and all training shards
-    python data/fineweb.py 8                                      # only the first 8 training shards
-    python data/fineweb.py 8 --dataset kjj0/finewebedu10B-gpt2    # another repo of the same layout
+    ./run.sh fineweb                                        # the validation and all training shards
+    ./run.sh fineweb 8                                      # only the first 8 training shards
+    ./run.sh fineweb 8 --dataset kjj0/finewebedu10B-gpt2    # another repo of the same layout
 
 The shards go next to this script, into fineweb10B (the repo's name without -gpt2). Whole ones are not fetched
 again: after an interruption the same command carries on, and where all are there it needs no network.

@@ -1,8 +1,8 @@
 """Turn text into token shards for train_gpt_skip.py.
 
-    python data/tokenize_text.py my_texts/ more.jsonl --out data/mine            # GPT-2 tokens
-    python data/tokenize_text.py --stdlib --encoding bytes --out data/stdlib     # nothing is downloaded
-    python data/tokenize_text.py big.parquet --out data/big --max_tokens 10_000_000
+    ./run.sh tokenize my_texts/ more.jsonl --out data/mine                  # GPT-2 tokens
+    ./run.sh tokenize --stdlib --encoding bytes --out data/stdlib           # nothing is downloaded
+    ./run.sh tokenize big.parquet --out data/big --max_tokens 10_000_000
 
 Writes shards in the format of llm.c and modded-nanogpt: 256 little-endian int32 (magic, version, number of
 tokens, zeros), then uint16 tokens, each document begun by <|endoftext|>; and `dataset.json`, which says what
@@ -494,7 +494,7 @@ def summary(args, dataset):
         lines.append(f"note:  --val_fraction {args.val_fraction} left a split empty: one document was moved")
     if args.skipped:
         lines.append(f"note:  {len(args.skipped)} binary files were skipped")
-    return "\n".join([*lines, f"next:  python train_gpt_skip.py {' '.join(flags)}"])
+    return "\n".join([*lines, f"next:  ./run.sh {' '.join(flags)}"])
 
 
 # --- Command line -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Tables of all records, and the paper's Figure 2 of them.
 
-    python records/report.py                       # every record beside this script
-    python records/report.py DIR... --out DIR      # of records, or of folders that hold records
-    python records/report.py --verify              # re-read every record; exit 2 if one is off
+    ./run.sh report                     # every record beside this script
+    ./run.sh report DIR... --out DIR    # of records, or of folders that hold records
+    ./run.sh report --verify            # re-read every record; exit 2 if one is off
 
 Prints a line a record (and benchmarks' rows), writes the same between two markers of OUT/README.md, whose
 other text stays as it is, and draws OUT/pareto.png: validation loss against estimated FLOPs, measured time
