@@ -24,6 +24,8 @@ python=$(command -v python || command -v python3 || true)
 [ -n "$python" ] || { echo "run.sh: error: no python on the PATH; install Python 3.11 or newer" >&2; exit 2; }
 if ! satisfies "$python" "${1:-}"; then
     if ! satisfies .venv/bin/python "${1:-}"; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "run.sh: error: $python is too old; install Python 3.11 or newer" >&2; exit 2; }
         echo "run.sh: installing requirements.txt into .venv"
         "$python" -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -56,7 +58,10 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 shards=$(compgen -G 'data/fineweb10B/fineweb_train_*.bin' >/dev/null && echo yes || echo no)
 chosen=no  # did the flags choose a model or data themselves?
 for flag in "$@"; do
-    case "${flag%%=*}" in --preset|--config|--resume|--init_from|--train_files|--help|-h) chosen=yes ;; esac
+    case "${flag%%=*}" in
+        --help|-h) chosen=yes NPROC=1 ;;
+        --preset|--config|--resume|--init_from|--train_files) chosen=yes ;;
+    esac
 done
 if [ "$chosen" = no ] && [ "$gpus" -gt 0 ] && [ "$shards" = yes ]; then
     set -- --preset gated "$@"
@@ -66,7 +71,8 @@ elif [ "$chosen" = no ]; then
         "library; get FineWeb with: ./run.sh fineweb"
     set -- --preset demo "$@"
 fi
-if [[ " $* " == *" --preset"[\ =]"demo "* ]] || grep -qs data/demo/ -- "${@#--config=}" "${@/%//config.json}"; then
+words=("${@#--*=}")
+if [[ " $* " == *" --preset"[\ =]"demo "* ]] || grep -qs data/demo/ -- "${words[@]}" "${words[@]/%//config.json}"; then
     NPROC=${NPROC:-1}  # its batch is for one device
     demo_data
 fi

@@ -653,7 +653,7 @@ def test_the_page_of_a_sample_says_token_depth_and_probability_and_needs_no_othe
     assert "http" not in page and "prefers-color-scheme" in page
 
 
-def test_depth_is_tabled_by_token_and_by_position_in_word_and_document():
+def test_depth_is_tabled_by_token_and_by_position_in_the_word_and_in_what_is_seen():
     cfg = Config(**TINY | dict(vocab_size=257))
     table = evaluate.DepthTable(cfg, Rank(0, 1))
     inputs = torch.tensor([[256, *b"ab c"], [*b"d\nee "]])
@@ -663,7 +663,7 @@ def test_depth_is_tabled_by_token_and_by_position_in_word_and_document():
     # a word's first token follows white space or the end of text, or is one of them: only b and the second e
     # do not
     assert tables["position in the word"] == [("0", 18 / 8, 8), ("1", 6 / 2, 2)]
-    assert sum(n for _, _, n in tables["position in the document"]) == 10
+    assert sum(n for _, _, n in tables["position in what the model sees"]) == 10
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1144,6 +1144,9 @@ def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_check
                         ({"encoding": "cl100k"}, "cl100k")):
         (tmp_path / "d" / "dataset.json").write_text(json.dumps(said))
         refused_in_one_line(capsys, argv, words)
+    (tmp_path / "d" / "dataset.json").write_text('{"encoding": "gpt2"}')
+    refused_in_one_line(capsys, [*argv, "--encoding", "bytes"], "its tokens are gpt2, not bytes")
+    assert evaluate.main(args) == 2 and "its tokens are gpt2" in capsys.readouterr().err
     (tmp_path / "d" / "dataset.json").write_text('{"shards": [1]}')  # not ours
     assert tgs.main(argv) == 0
 
@@ -1236,6 +1239,22 @@ def test_a_dense_checkpoint_is_retrofitted_with_new_routers_that_then_learn(tmp_
     tgs.initialise(new, trainer.cfg)
     for key, value in trainer.model.state_dict().items():
         assert torch.equal(value, new.state_dict()[key] if key.startswith("masks.") else want[key]), key
+
+
+def test_a_record_that_began_from_a_checkpoint_is_run_again_and_resumed_with_its_own_settings(
+        tmp_path, corpus, no_plot):
+    masked = dict(gate_attention="none", compute="masked")
+    assert tgs.main(flags(corpus, tmp_path / "a", num_steps=0, **masked)) == 0
+    argv = flags(corpus, tmp_path / "b", num_steps=0, init_from=only_record(tmp_path / "a"))
+    for given, want in (([], masked), (["--gate_attention", "keys", "--compute", "packed"],
+                                       dict(gate_attention="keys", compute="packed"))):
+        assert tgs.main([*argv, *given]) == 0
+        record = max((tmp_path / "b").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for path in tgs.checkpoints(record):
+            path.unlink()  # as if it had died before its first
+        for again in ({"config": str(record / "config.json")}, {"resume": str(record)}):
+            cfg, weights = tgs.resolve(again)
+            assert weights and {k: getattr(cfg, k) for k in want} == want
 
 
 def test_a_dry_run_checks_what_a_run_would_prints_the_plan_and_writes_nothing(tmp_path, corpus, capsys,
@@ -1547,8 +1566,11 @@ def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole
     assert tgs.main(argv) == 2 and "remove them to start at step 0" in capsys.readouterr().err
     for path in tgs.checkpoints(record):
         path.unlink()
+    refused_in_one_line(capsys, argv, "it is finished and has no checkpoint")
+    (record / "summary.json").unlink()
     resumes(0)
-    for name, value in (("lr", 0.5), ("seed", 3), ("control", "none"), ("train_files", "other_*.bin")):
+    for name, value in (("lr", 0.5), ("seed", 3), ("control", "none"), ("train_files", "other_*.bin"),
+                        ("preset", "demo")):
         refused_in_one_line(capsys, argv + [f"--{name}", str(value)], f"--{name} {value} disagrees",
                             "leave the flag out")
     assert tgs.main(["--resume", str(record), "--log_every", "2"]) == 0 and same_end(end_of(record), whole)
@@ -2848,7 +2870,7 @@ def frontier_record(folder, name, seed, loss, control="dense", flops=1.0, n_laye
     record.mkdir(parents=True)
     (record / "summary.json").write_text(json.dumps(dict(
         interrupted=False, step=1, cross_entropy=loss, control=control, n_layers=n_layers,
-        realised_flops_per_token=flops, train_flops=3 * flops)))
+        realised_flops_per_token=flops, train_flops=3 * flops, tokens_per_s=1.0, train_seconds=1.0)))
     return record
 
 
@@ -2871,19 +2893,21 @@ def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hu
         if seed < 3:
             frontier_record(tmp_path, "few", seed, 1.45 + jitter, "proportional", 0.75)
     rows = tracks.gather(tmp_path)
-    difference, p, _ = tracks.against_line(rows["good"], rows, "forward FLOPs")
+    difference, p, _, error, df = tracks.against_line(rows["good"], rows, "forward FLOPs")
     # the variances add: of the row, and of half of each neighbour
     sd = rows["good"]["sd"] / 2 * math.sqrt(1 + 0.25 + 0.25)
     assert difference == pytest.approx(-0.05) and sd > 0 and p == pytest.approx(
         tracks.survival(0.05 / sd, 1.5**2 / (1 + 2 * 0.25**2) * 3), rel=1e-6)
+    assert error == pytest.approx(sd)
+    assert tracks.survival(tracks.quantile(0.01, df), df) == pytest.approx(0.01)
     said = {name: tracks.verdict(row, rows, "training FLOPs").split(": ")[-1] for name, row in rows.items()}
     assert said == {"dense_8": "-", "dense_4": "-", "good": "beats", "bad": "does not beat",
                     "pre_dense_8": "does not beat", "wide": "does not beat", "few": "too few seeds"}
     assert [line[0] for line in tracks.table(rows)[1:]][0] == "dense_8"
     assert tracks.verdict(rows["good"], rows, "forward time") == "-"  # not measured
     dense = tracks.dense_line(rows, "AdamW", "forward FLOPs")
-    assert tracks.shares(1.04, dense, "forward FLOPs") == pytest.approx({"dense_4": -0.08, "dense_8": 1.08})
-    assert tracks.shares(1.06, dense, "forward FLOPs") is tracks.shares(0.49, dense, "forward FLOPs") is None
+    assert tracks.shares(1.04, dense) == pytest.approx({"dense_4": -0.08, "dense_8": 1.08})
+    assert tracks.shares(1.06, dense) is tracks.shares(0.49, dense) is None
 
 
 def test_rows_of_another_regime_are_compared_with_dense_models_of_that_regime_alone(tmp_path):
@@ -2937,6 +2961,22 @@ def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_
     each = tracks.gather(tmp_path)["good"]["each"]
     assert each["forward time"] == pytest.approx([0.5, 0.6, 0.7])
     assert each["training time"] == pytest.approx([0.5, 0.6, 0.7])
+
+
+def test_a_seeds_time_is_compared_with_the_dense_models_of_its_own_measurement(tmp_path):
+    _, tracks = load_report_and_tracks()
+    for seed in range(2):
+        frontier_record(tmp_path, "dense_8", seed, 1.0 + 0.1 * seed)
+        frontier_record(tmp_path, "dense_4", seed, 2.0 - 0.1 * seed, n_layers=4)
+    seeds = [frontier_record(tmp_path, "good", seed, 1.5, "proportional", 0.75).name for seed in range(4)]
+    ratios = lambda **times: {name: {"forward": t, "train": t} for name, t in times.items()}  # noqa: E731
+    for day, (low, half, timed) in enumerate(((0.5, 0.75, seeds[:2]), (0.6, 0.8, seeds[2:])), 1):
+        (folder := tmp_path / f"2026-11-0{day}_00-00-00_times").mkdir()
+        content = ratios(dense_8=1.0, dense_4=low, **dict.fromkeys(timed, half))
+        (folder / "times.json").write_text(json.dumps({"seconds": {}, "ratios": content}))
+    rows = tracks.gather(tmp_path)
+    for cost in ("forward time", "training time"):  # half way between the dense models in each of the two
+        assert tracks.against_line(rows["good"], rows, cost)[0] == pytest.approx(0)
 
 
 def test_tracks_time_dense_rows_and_every_seed_whose_weights_are_there(tmp_path, corpus, monkeypatch, capsys):
@@ -3009,13 +3049,21 @@ def test_tracks_run_what_is_not_recorded_seed_by_seed_and_resume_what_was_interr
     stopped = frontier_record(tmp_path, "dense_8", 1, 2.0)
     (stopped / "summary.json").write_text('{"interrupted": true}')
     calls = []
-    monkeypatch.setattr(tracks.subprocess, "run", lambda command, **kw: (
-        calls.append(" ".join(command[2:])), SimpleNamespace(returncode=0))[1])
+    monkeypatch.setattr(tracks.subprocess, "Popen", lambda command, **kw: (
+        calls.append(" ".join(command[2:])), SimpleNamespace(wait=lambda: 0))[1])
     assert tracks.main(["run", "--seeds", "2", "--rows", "dense_8", "dense_4", "--records_dir",
                         str(tmp_path)]) == 0
     assert [re.search(r"--name (\S+)|--resume .*_(dense\S+)", c).group(1, 2) for c in calls] == [
         ("dense_8_seed0", None), (None, "dense_8_seed1"), ("dense_4_seed1", None)]
     assert "--seed 1" in calls[2] and "--n_layers 4" in calls[2] and "minutes left" in capsys.readouterr().out
+
+    waits = iter((KeyboardInterrupt, 0))  # Ctrl-C reaches the run too, which saves: it is waited for
+    def wait():
+        if (got := next(waits)) is KeyboardInterrupt:
+            raise got
+    monkeypatch.setattr(tracks.subprocess, "Popen", lambda command, **kw: SimpleNamespace(wait=wait))
+    assert tracks.main(["run", "--rows", "dense_2", "--records_dir", str(tmp_path)]) == 130
+    assert not list(waits)
 
 
 def test_verify_reads_every_record_again_and_names_the_one_that_disagrees(tmp_path, corpus, capsys):
@@ -3118,12 +3166,12 @@ def test_report_draws_the_figure_and_names_the_runs_that_it_leaves_out(tmp_path,
         report_record(tmp_path, f"dense{L}", i, control="dense", n_layers=L,
                       summary=dict(sparsity=0.0, cross_entropy=3 - L / 4))
     report_record(tmp_path, "none", 2, control="none")
-    for i in range(3):
-        report_record(tmp_path, f"steps{i}", 10 + i, num_steps=100 + i)
+    for i in range(5):
+        report_record(tmp_path, f"steps{i}", 10 + i, num_steps=100 + i // 2)
     _, text = report_run(capsys, tmp_path, out=tmp_path, draw=True)
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     left_out = [line for line in text.splitlines() if line.startswith("left out")]
-    assert len(left_out) == 1 and "_steps2" in left_out[0] and "demo: 102 steps" in left_out[0]
+    assert len(left_out) == 1 and "_steps4" in left_out[0] and "demo: 102 steps" in left_out[0]
 
 
 @pytest.mark.parametrize("file, content, said", [
@@ -3196,6 +3244,8 @@ def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interru
     report_record(records, "sweep-2-dense", control="dense", coef_update=0.0, n_layers=2, **common)
     # by other flags
     report_record(records, "sweep-4-dense", control="dense", coef_update=0.0, n_layers=4, num_steps=200)
+    report_record(records, "sweep-4-none", control="none", coef_update=0.0, n_layers=4, **common,
+                  env=dict(command="python train_gpt_skip.py --preset demo --optimizer adamw"))
     cut = report_record(records, "sweep-4-0.0", n_layers=4, mean_target_end=0.0,
                         summary=dict(interrupted=True), **common)
     calls, done = report_sweep(tmp_path, "--preset", "demo", "--num_steps", "100", "--lr=2e-3", "--device",

@@ -14,7 +14,8 @@ looks at a finished run is in records/. Three commands:
 from __future__ import annotations
 
 import argparse, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, importlib.metadata
-import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, warnings, zipfile
+import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, traceback, warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -871,7 +872,7 @@ class Shards:
         paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
         if not paths:
             raise UserError(f"--{split}_files {pattern} matches no file; {SHARD_HINT}")
-        self.paths, self.tokens, self.vocab_size = [], [], cfg.vocab_size
+        self.paths, self.tokens, self.vocab_size, self.encoding = [], [], cfg.vocab_size, cfg.encoding
         for path in paths:
             tokens = open_shard(path)
             if limit is not None:
@@ -894,9 +895,13 @@ class Shards:
                 for p in self.paths]
 
     def dataset(self) -> dict:
-        """The dataset.json that lies beside the shards, or {}; UserError where it speaks of other shards."""
+        """The dataset.json that lies beside the shards, or {}; UserError where it speaks of other shards or
+        another tokeniser."""
         path = self.paths[0].parent / "dataset.json"
         dataset = read_json(path) if path.exists() else {}
+        if self.encoding and dataset.get("encoding", self.encoding) != self.encoding:
+            raise UserError(f"{path} says that its tokens are {dataset['encoding']}, not {self.encoding}: "
+                            "take other shards, or another --encoding")
         said = dataset["shards"] if isinstance(dataset.get("shards"), dict) else {}
         for shard in self.describe():
             entry = said.get(shard["name"], shard)
@@ -1367,8 +1372,8 @@ class Trainer:
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
-        dataset = self.shards["train"].dataset()
-        cfg.encoding = cfg.encoding or dataset.get("encoding", cfg.tokeniser)
+        datasets = [self.shards[split].dataset() for split in ("val", "train")]
+        cfg.encoding = cfg.encoding or datasets[1].get("encoding", cfg.tokeniser)
         check_field(Config.__dataclass_fields__["encoding"], cfg.encoding)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
         self.origin = f"from {cfg.init_from}" if weights else "new"
@@ -1577,6 +1582,9 @@ def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
     if found:
         raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at "
                         "step 0")
+    if (done := folder / "summary.json").exists() and not read_json(done).get("interrupted"):
+        raise UserError(f"--resume {folder}: it is finished and has no checkpoint; run its settings again "
+                        f"with --config {folder}/config.json")
     return None, None
 
 
@@ -1689,12 +1697,14 @@ def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
     source = explicit.get("init_from", settings.get("init_from"))
     if source and not (resume and checkpoints(Path(resume))):
         stored, weights = read_weights(source)
-        settings |= checkpoint_settings(stored, explicit, source, also)
+        fixed = checkpoint_settings(stored, explicit, source, also)
+        given = "init_from" in explicit and not resume  # (else a record names it, whose settings are its own)
+        settings = settings | fixed if given else fixed | settings
     return Config(**(settings | explicit)), weights
 
 
 RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "save_every", "records_dir",
-                     "name", "device_batch_size", "preset"}
+                     "name", "device_batch_size"}
 
 
 def restarted_record(settings: dict) -> dict:
@@ -1729,7 +1739,10 @@ def report(kind: str, what, own: bool = False):
 def exit_status(run: Callable[[], int]) -> int:
     """What run() returns; or, where it fails by what a user can mend, one line and a status."""
     try:
-        return run()
+        status = run()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # (not after a failure: nccl might wait for the others)
+        return status
     except (UserError, OSError) as e:
         report("error", e, isinstance(e, (RankError, OSError)))
         return 2
@@ -1748,9 +1761,6 @@ def exit_status(run: Callable[[], int]) -> int:
             raise
         report("stopped", "another process is gone; go on from the last checkpoint with --resume")
         return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1765,11 +1775,19 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status(start)
 
 
-if __name__ == "__main__":
-    status = main()
+def leave(status: int):
+    """Of several processes one ends at once: DDP leaves gloo's threads behind, which abort the process if
+    they drop a tensor while Python shuts down, and a rank that failed must not wait for the others."""
     if "RANK" in os.environ:
-        # DDP leaves gloo's threads behind; one that drops a tensor while Python shuts down aborts the process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        leave(main())
+    except Exception:
+        traceback.print_exc()
+        leave(1)

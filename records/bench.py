@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -149,10 +150,6 @@ def clock(rt, run):
     result = run()
     rt.synchronize()
     return time.perf_counter() - start, result
-
-
-def median(values):
-    return sorted(values)[len(values) // 2]
 
 
 def reset_peak(rt):

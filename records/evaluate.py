@@ -100,10 +100,11 @@ def evaluate_hellaswag(model: MiddleSkippingTransformer, rt: tgs.Runtime, path: 
 
 
 class DepthTable:
-    """Mean depth over a corpus, by token and by position in the word and in the document: do the tokens that
-    skip form a hierarchy? A word begins after white space; a document, at the end-of-text token."""
+    """Mean depth over a corpus, by token, by position in the word and in the text that the model sees: do the
+    tokens that skip form a hierarchy? A word begins after white space; what is seen, with the sequence or, if
+    it holds an end-of-text token, there."""
 
-    WORD, DOCUMENT = 8, 12  # later positions in a word count as the last; in a document, powers of two
+    WORD, SEEN = 8, 12  # later positions in a word count as the last; in what is seen, powers of two
 
     def __init__(self, cfg: Config, rt: tgs.Runtime):
         self.rt, self.end, text = rt, 256 if cfg.tokeniser == "bytes" else 50256, token_texts(cfg)
@@ -112,7 +113,7 @@ class DepthTable:
         self.names = {
             "token": [repr(t) for t in text],
             "position in the word": [*map(str, range(self.WORD - 1)), "later"],
-            "position in the document": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.DOCUMENT)]}
+            "position in what the model sees": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.SEEN)]}
         self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
 
     def add(self, inputs: Tensor, depth: Tensor):
@@ -120,8 +121,8 @@ class DepthTable:
         begins = self.begins_word[inputs]
         begins[:, 1:] |= self.ends_word[inputs[:, :-1]]
         word = since(begins).clamp(max=self.WORD - 1)
-        document = since(inputs == self.end).add(1).log2().long().clamp(max=self.DOCUMENT - 1)
-        for sums, index in zip(self.sums.values(), (inputs, word, document)):
+        seen = since(inputs == self.end).add(1).log2().long().clamp(max=self.SEEN - 1)
+        for sums, index in zip(self.sums.values(), (inputs, word, seen)):
             sums[0].index_add_(0, index.flatten(), depth.flatten().double())
             sums[1].index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
 
@@ -158,8 +159,9 @@ def since(marks: Tensor) -> Tensor:
 
 def bytes_per_token(shards: tgs.Shards) -> float | None:
     """Mean UTF-8 bytes of text a token, where dataset.json tells."""
-    said = [shards.dataset().get("shards", {}).get(p.name, {}) for p in shards.paths]
-    if not all("bytes" in s for s in said):
+    dataset = shards.dataset().get("shards")
+    said = [dataset.get(p.name) if isinstance(dataset, dict) else None for p in shards.paths]
+    if not all(isinstance(s, dict) and "bytes" in s for s in said):
         return None
     return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
 
@@ -172,22 +174,24 @@ def run(cfg: Config, weights: dict, args) -> int:
         print(*lines, *([evaluate_hellaswag(model, rt, args.hellaswag)] if args.hellaswag else []), sep="\n")
         return 0
     shards = tgs.Shards(cfg, "val")
+    per_token = bytes_per_token(shards)
     model, depths = tgs.build_model(cfg, rt, weights, args.checkpoint), DepthTable(cfg, rt)
     if rt.compile:  # before the clock starts
-        tokens = torch.zeros(cfg.device_batch_size, cfg.max_seq_len, dtype=torch.int64, device=rt.device)
+        first = tgs.sequences(shards, cfg)[:cfg.device_batch_size]
+        batch = torch.stack([shards.window(*place, cfg.max_seq_len + 1) for place in first]).to(rt.device)
         with torch.no_grad(), rt.autocast():
-            model(tokens, tokens)
+            model(batch[:, :-1], batch[:, 1:])
     result = tgs.evaluate(model, cfg, rt, shards, watch=depths.add if cfg.gated else None)
     tables = depths.tables() if cfg.gated else {}
     if rt.main:
         sparsity = mean(result["gate_zero"])
         print(f"cross_entropy {result['cross_entropy']:.6f} nats a token over {result['tokens']} tokens")
-        if per_token := bytes_per_token(shards):
+        if per_token:
             print(f"bits a byte {result['cross_entropy'] / math.log(2) / per_token:.4f}")
         print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
         print(f"FLOPs a token: {result['flops_per_token']:.4g} realised, "
               f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
-        print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
+        print(f"{result['tokens'] / result['val_s']:.0f} tokens/s" + ", the tables included" * cfg.gated)
         for title, rows in tables.items():
             print(f"mean depth of {cfg.n_layers} blocks, by {title}")
             shown = rows if len(rows) < 20 else rows[:10] + rows[-10:]

@@ -70,12 +70,12 @@ def run(cfg: Config, weights: dict, args) -> int:
     folder = Path(args.out)
     if args.to == "released" and cfg.n_layers % 2:
         raise UserError(f"--to released: the authors' layout has even numbers of blocks, not {cfg.n_layers}")
+    model = HubModel(cfg)
+    tgs.load_weights(model, weights, args.checkpoint)
     try:
         folder.mkdir(parents=True)
     except OSError as e:
         raise UserError(f"--out {folder} cannot be made: {e.strerror}; name a new folder")
-    model = HubModel(cfg)
-    tgs.load_weights(model, weights, args.checkpoint)
     export_released(model, folder) if args.to == "released" else model.save_pretrained(folder)
     print(f"wrote {folder}")
     return 0

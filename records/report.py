@@ -28,7 +28,7 @@ FOLDER, FILES = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_."), ("config.json",
 GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|Instinct")
 WITH_TARGET = ("sparsity_variance_l2", "random", "adaptive", "proportional", "proportional_derivative")
 MARKERS = dict(none="D", sparsity="v", sparsity_variance="^", sparsity_variance_l2="P", adaptive="*",
-               proportional="o", proportional_derivative="h")
+               proportional="o", proportional_derivative="h", random="X")
 TYPES = dict(control=str, train_files=str, val_files=str, mean_target_end=(int, float), batch_size=int,
              max_seq_len=int)
 MAX_ROWS = 3  # of the figure
@@ -70,6 +70,7 @@ def read_run(folder: Path) -> dict:
         if wrong := [k for k in keys if not isinstance(cfg[k], TYPES.get(k, (int, float, type(None))))]:
             raise ValueError(f"{wrong[0]} is {cfg[wrong[0]]!r}")
         run |= {k: cfg[k] for k in keys}
+        run["recipe"] = tuple(cfg.get(k) for k in ("optimizer", "lr", "cooldown_fraction", "shuffle", "norm"))
         step_tokens = cfg["batch_size"] * cfg["max_seq_len"]
         name = "env.json"
         env = read(folder / name)
@@ -222,7 +223,7 @@ def group_key(run: dict) -> tuple:
     """What two runs must share for their losses to be compared."""
     data = [os.path.basename(run[k]) for k in ("train_files", "val_files")]
     return (*data, run["val_tokens"], run["num_steps"], run["step"], run["batch_size"], run["max_seq_len"],
-            run["dim"], run["vocab_size"])
+            run["dim"], run["vocab_size"], run["recipe"])
 
 
 def group_title(run: dict) -> str:
@@ -256,16 +257,16 @@ def draw_runs(ax, runs: list[dict], x: str, cmap):
 
 
 def figure(runs: list[dict], path: Path) -> list[str]:
-    """Draw finished runs, a row a group, the largest first; returns lines on what was drawn and what left
-    out."""
+    """Draw finished runs that can be compared, a row a group, the largest first; returns lines on what was
+    drawn and what left out."""
     groups = {}
     for run in runs:
         if all(run[k] is not None and math.isfinite(run[k])
                for k in ("loss", "estimated", "sparsity")) and run["tokens"] and run["train_s"]:
             groups.setdefault(group_key(run),
                               []).append(run | dict(time=1e6 * run["train_s"] / run["tokens"]))
-    if not groups:
-        return ["no finished record to draw"]
+    if not any(len(group) > 1 for group in groups.values()):
+        return ["no figure: no two finished records can be compared"]
     try:
         import matplotlib
     except ImportError:
@@ -274,11 +275,11 @@ def figure(runs: list[dict], path: Path) -> list[str]:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    drawn, lines = sorted(groups.values(), key=len, reverse=True), []
-    for group in drawn[MAX_ROWS:]:
+    ranked, lines = sorted(groups.values(), key=len, reverse=True), []
+    drawn = [group for group in ranked[:MAX_ROWS] if len(group) > 1]
+    for group in ranked[len(drawn):]:
         lines.append(f"left out of the figure: {', '.join(r['name'] for r in group)} "
                      f"({group_title(group[0])})")
-    drawn = drawn[:MAX_ROWS]
     fig, axes = plt.subplots(len(drawn), 3, figsize=(14, 0.4 + 3.9 * len(drawn)), sharey="row", squeeze=False,
                              layout="constrained")
     for row, group in zip(axes, drawn):

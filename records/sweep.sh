@@ -34,11 +34,15 @@ failed=()
 
 recorded() {  # name: "STATE FOLDER" of the newest record of that name and these flags, if any
     "$python" -IS - "$records" "$@" <<'PY'
-import json, pathlib, sys
+import json, pathlib, shlex, sys
 records, name, *flags = sys.argv[1:]
-words = [w for f in flags for w in (f.split("=", 1) if f.startswith("--") else [f])]
-want = {a[2:]: b for a, b in zip(words, words[1:]) if a[:2] == "--" != b[:2]}
 free = {"name", "device", "device_batch_size", "compile", "log_every", "save_every"}  # may differ, as on resume
+def parse(flags):
+    words = [w for f in flags for w in (f.split("=", 1) if f.startswith("--") else [f])]
+    found = {a[2:].removeprefix("no-"): a[:5] != "--no-" if b[:2] == "--" else b
+             for a, b in zip(words, [*words[1:], "--"]) if a[:2] == "--"}
+    return {k: v for k, v in found.items() if k not in free}
+want = parse(flags)
 def value(x):
     try: return float(x)
     except (TypeError, ValueError): return x
@@ -47,7 +51,9 @@ def load(path):
     except (OSError, ValueError): return None
 for folder in sorted(pathlib.Path(records).glob("????-??-??_??-??-??_" + name), reverse=True):
     config, summary = load(folder / "config.json"), load(folder / "summary.json")
-    if config and summary and all(value(config.get(k)) == value(v) for k, v in want.items() if k not in free):
+    given = parse(shlex.split((load(folder / "env.json") or {}).get("command", ""))).keys()
+    if config and summary and given <= want.keys() | {"preset", "records_dir"} and all(
+            value(config.get(k)) == value(v) for k, v in want.items()):
         print("interrupted" if summary.get("interrupted") else "finished", folder)
         break
 PY

@@ -15,7 +15,6 @@ blocks reaches; rows whose regime has no dense line belong to it alone.
 """
 import argparse
 import ast
-import itertools
 import json
 import math
 import os
@@ -186,10 +185,14 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
         if (row, seed) in found:
             flags = ["--resume", relative(found[row, seed])]
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "train_gpt_skip.py", *flags], cwd=HERE.parent,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            return done.returncode
+        child = subprocess.Popen([sys.executable, "train_gpt_skip.py", *flags], cwd=HERE.parent,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        try:
+            if status := child.wait():
+                return status
+        except KeyboardInterrupt:
+            child.wait()  # it too was interrupted, and saves
+            return 130
         seconds.append(time.perf_counter() - start)
     return 0
 
@@ -201,7 +204,6 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
     dense model, by row (with new weights: they do not matter), and of each other seed whose weights are here,
     by record; on the same validation text, in turn in this process: medians, and the medians of the rounds'
     ratios to dense_8's (a machine that drifts moves both sides of a round)."""
-    sys.path.insert(0, str(HERE.parent))
     import torch
     import train_gpt_skip as tgs
     torch.set_num_threads(1)
@@ -265,7 +267,7 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
 COSTS = {  # of a row, as ratios to the dense model of 8 blocks
     "forward FLOPs": "FLOPs of a forward pass, realised", "training FLOPs": "FLOPs of training, realised",
     "forward time": "time of a forward pass, measured",
-    "training time": "time of training, measured (a step's, times the steps)"}
+    "training time": "time of training, measured (a step's, times the FLOPs of training over its)"}
 
 
 def survival(t: float, df: float) -> float:
@@ -278,30 +280,42 @@ def survival(t: float, df: float) -> float:
     return area(math.atan(t / math.sqrt(df))) / area(-math.pi / 2)
 
 
+def quantile(p: float, df: float) -> float:
+    """The t that Student's T exceeds with probability p."""
+    low, high = 0.0, 1e3
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if survival(middle, df) > p else (low, middle)
+    return low
+
+
 def gather(folder: Path) -> dict[str, dict]:
     """Rows by name: losses of the finished seeds, mean costs, blocks, date, `dense`: is it a point of a dense
     line?, `line`: which one is its own, by optimizer and regime, and `full`: is there one?"""
-    rows, times, seeds = {}, {}, {}  # the newest times of a row or record, over dense_8's of that measurement
+    rows, timed, seeds = {}, {}, {}  # timed: by name its newest times over dense_8's, and all of that record
     for path in sorted(folder.glob("*_times/times.json")):
         content = json.loads(path.read_text())
         seconds = content["seconds"]  # the first records have no ratios
-        times |= content.get("ratios") or {
+        measured = content.get("ratios") or {
             name: {k: t[k] / seconds["dense_8"][k] for k in t} for name, t in seconds.items()}
-    for name in filter(lambda name: name[0].isdigit(), times):  # a record's
-        seeds.setdefault(row_of(name)[0], []).append(times[name])
+        timed |= {name: (t, measured) for name, t in measured.items()}
+    for name in filter(lambda name: name[0].isdigit(), timed):  # a record's
+        seeds.setdefault(row_of(name)[0], []).append(timed[name])
     for row, of_seeds in seeds.items():  # for seeds whose weights were not there
-        times[row] = {k: mean(t[k] for t in of_seeds) for k in of_seeds[0]}
+        timed[row] = {k: mean(t[k] for t, _ in of_seeds) for k in of_seeds[0][0]}, of_seeds[-1][1]
     for (name, seed), path in sorted(recorded(folder).items()):
         if not (s := summary_of(path))["interrupted"]:
-            row = rows.setdefault(name, dict(name=name, losses=[], costs={}, records=[]))
+            row = rows.setdefault(name, dict(name=name, losses=[], costs={}, measured=[]))
             row["losses"].append(s["cross_entropy"])
-            row["records"].append(path.name)
             row |= dict(dense=on_line(name), n_layers=s["n_layers"], steps=s["step"],
                         date=path.name[:10])
-            timed = times.get(path.name, times.get(name, {}))
+            times, measured = timed.get(path.name, timed.get(name, ({}, {})))
+            step_tokens = s["tokens_per_s"] * s["train_seconds"] / s["step"]
+            steps = s["train_flops"] / (3 * s["realised_flops_per_token"] * step_tokens)  # as the last one
+            row["measured"].append(measured)
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
-                                ("training FLOPs", s["train_flops"]), ("forward time", timed.get("forward")),
-                                ("training time", timed and timed["train"] * s["step"] or None)):
+                                ("training FLOPs", s["train_flops"]), ("forward time", times.get("forward")),
+                                ("training time", times and times["train"] * steps or None)):
                 row["costs"].setdefault(cost, []).append(value)
     for row in rows.values():
         row["each"] = {k: v for k, v in row["costs"].items() if None not in v}  # seed by seed
@@ -320,43 +334,50 @@ def gather(folder: Path) -> dict[str, dict]:
     return rows
 
 
-def dense_line(rows: dict[str, dict], line: str, cost: str) -> list[dict]:
-    """The dense rows of a line, the cheapest first."""
-    found = [r for r in rows.values() if r["dense"] and r["line"] == line]
-    return sorted((r for r in found if cost in r["costs"]), key=lambda r: r["costs"][cost])
+def dense_line(rows: dict[str, dict], line: str, cost: str, measured={}) -> list[tuple[float, dict]]:
+    """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if it
+    has several of them."""
+    found = [r for r in rows.values() if r["dense"] and r["line"] == line and cost in r["costs"]]
+    points = [(r["costs"][cost], r) for r in found]
+    if "time" in cost and len(here := [r for r in found if r["name"] in measured]) > 1:
+        steps = rows["dense_8"]["steps"]
+        points = [(measured[r["name"]]["forward"] if cost == "forward time" else
+                   measured[r["name"]]["train"] * r["steps"] / steps, r) for r in here]
+    return sorted(points, key=lambda point: point[0])
 
 
-def shares(x: float, dense: list[dict], cost: str) -> dict[str, float] | None:
+def shares(x: float, dense: list[tuple[float, dict]]) -> dict[str, float] | None:
     """The line through the dense rows at cost x, as their weights in it by name; None beyond their range, but
     for a twentieth above it, where the last segment goes on (below the convex curve: this favours dense)."""
-    for a, b in zip(dense, dense[1:]):
-        low, high = a["costs"][cost], b["costs"][cost]
-        if low <= x <= high * (1.05 if b is dense[-1] else 1):
+    for (low, a), (high, b) in zip(dense, dense[1:]):
+        if low <= x <= high * (1.05 if b is dense[-1][1] else 1):
             w = (x - low) / (high - low)
             return {a["name"]: 1 - w, b["name"]: w}
     return None
 
 
-def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple[float, float, int] | None:
-    """(difference, p, least seeds of a side) of a row to the line through the dense rows of its optimizer,
-    each seed at its own cost; p, one-sided, that the row lies as far below by chance. Welch's t: to the
-    variance of the mean difference comes that of the line, the sum over dense rows of weight^2 variance /
-    seeds. None outside the line's range."""
-    dense = dense_line(rows, row["line"], cost)
-    lines = [shares(x, dense, cost) for x in row["each"].get(cost, [])]
+def against_line(row: dict, rows: dict[str, dict], cost: str) -> tuple | None:
+    """(difference, p, least seeds of a side, standard error, degrees of freedom) of a row to the line through
+    the dense rows of its optimizer, each seed at its own cost and, for a time, against the line of its own
+    measurement; p, one-sided, that the row lies as far below by chance. Welch's t: to the variance of the
+    mean difference comes that of the line, the sum over dense rows of weight^2 variance / seeds. None outside
+    the line's range."""
+    lines = [shares(x, dense_line(rows, row["line"], cost, measured))
+             for x, measured in zip(row["each"].get(cost, []), row["measured"])]
     if not lines or None in lines:
         return None
     differences = [loss - sum(w * rows[name]["mean"] for name, w in line.items())
                    for loss, line in zip(row["losses"], lines)]
-    weights = {r["name"]: mean(line.get(r["name"], 0.0) for line in lines) for r in dense}
     sides = [(1.0, stdev(differences) if row["n"] > 1 else math.nan, row["n"])]
-    sides += [(weights[r["name"]], r["sd"], r["n"]) for r in dense if weights[r["name"]]]
+    sides += [(mean(line.get(name, 0.0) for line in lines), rows[name]["sd"], rows[name]["n"])
+              for name in sorted({name for line in lines for name, w in line.items() if w})]
     seeds = min(n for _, _, n in sides)
     if seeds < 2:
-        return mean(differences), math.nan, seeds
+        return mean(differences), math.nan, seeds, math.nan, math.nan
     variance = [w * w * sd * sd / n for w, sd, n in sides]
     df = sum(variance) ** 2 / sum(v * v / (n - 1) for v, (_, _, n) in zip(variance, sides))
-    return mean(differences), survival(-mean(differences) / math.sqrt(sum(variance)), df), seeds
+    error = math.sqrt(sum(variance))
+    return mean(differences), survival(-mean(differences) / error, df), seeds, error, df
 
 
 def what(name: str) -> str:
@@ -366,7 +387,7 @@ def what(name: str) -> str:
 def verdict(row: dict, rows: dict[str, dict], cost: str) -> str:
     if row["dense"] or (found := against_line(row, rows, cost)) is None:
         return "-"
-    difference, p, seeds = found
+    difference, p, seeds, *_ = found
     if seeds < 4:
         return f"{difference:+.4f}: too few seeds" + " of the line" * (row["n"] >= 4)
     return f"{difference:+.4f}, p {p:.2g}: {'beats' if p < 0.01 else 'does not beat'}"
@@ -409,40 +430,49 @@ def speedrun(rows: dict[str, dict]) -> list[list[str]]:
 
 
 def figure(rows: dict[str, dict], path: Path):
-    """Loss against each cost: the dense lines, and the others beside them, with standard deviations; rows of
-    fewer than 4 seeds, or above the worst dense model, are left to the table."""
+    """Every row of 4 and more seeds against its dense line, by the cost of a forward pass; a bar of t's
+    quantile that ends left of 0 is a p under 0.01. And, of the regime with most rows, the line itself."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = {name: r for name, r in rows.items() if r["full"]}
-    dense, others = ([r for r in rows.values() if r["dense"] == is_dense] for is_dense in (True, False))
-    if dense:
-        others = [r for r in others if r["n"] >= 4 and r["mean"] <= max(d["mean"] for d in dense)]
-    costs = [c for c in COSTS if any(c in r["costs"] for r in others)] or list(COSTS)[:1]
-    fig, axes = plt.subplots(-(-len(costs) // 2), min(2, len(costs)), figsize=(12, 4.2 * -(-len(costs) // 2)),
-                             sharey=True, squeeze=False, layout="constrained")
-    marks = dict(zip(sorted({r["line"] for r in rows.values()}),
-                     itertools.cycle((("0.35", "o"), ("C0", "D"), ("C2", "v"), ("C3", "^"),
-                                      ("C4", "p"), ("C5", "h")))))
-    for ax, cost in zip(axes.flat, costs):
-        for line, (color, _) in marks.items():
-            if found := dense_line(rows, line, cost):
-                ax.errorbar([r["costs"][cost] for r in found], [r["mean"] for r in found],
-                            [r["sd"] for r in found], fmt="s-", color=color, ms=5, lw=1, capsize=3,
-                            label=f"dense, {line}, blocks labelled")
-            for r in found:
-                ax.annotate(str(r["n_layers"]), (r["costs"][cost], r["mean"]), (5, 5),
-                            textcoords="offset points", fontsize=9, color=color)
-        for i, r in enumerate(others):
-            ax.errorbar(r["costs"].get(cost, math.nan), r["mean"], r["sd"], fmt=marks[r["line"]][1], ms=6,
-                        capsize=3, color=plt.cm.tab20(i % 20), label=f"{r['name']}, n {r['n']}")
-        ax.set(xlabel=f"{COSTS[cost]}\n(dense model of 8 blocks = 1)",
-               ylabel="validation loss (nats a token)")
+    found = {r["name"]: {cost: against_line(r, rows, cost) for cost in ("forward FLOPs", "forward time")}
+             for r in rows.values() if not r["dense"] and r["n"] >= 4}
+    found = {name: {cost: x for cost, x in by.items() if x and x[2] >= 4} for name, by in found.items()}
+    found = {name: by for name, by in found.items() if "forward FLOPs" in by}
+    names = sorted(found, key=lambda name: found[name]["forward FLOPs"][0])
+    line = Counter(r["line"] for r in rows.values()).most_common(1)[0][0]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 2 + 0.27 * max(12, len(names))),
+                                      width_ratios=(1, 1.2), layout="constrained")
+    points = dense_line(rows, line, "forward FLOPs")
+    left.errorbar([x for x, _ in points], [r["mean"] for _, r in points], [r["sd"] for _, r in points],
+                  fmt="s-", color="0.4", ms=5, lw=1, capsize=3)
+    for x, r in points:
+        left.annotate(f"{r['n_layers']} blocks", (x, r["mean"]), (5, 5), textcoords="offset points",
+                      fontsize=8, color="0.4")
+    for i, name in enumerate(names):
+        if (r := rows[name])["line"] == line:
+            at = r["costs"]["forward FLOPs"], r["mean"]
+            left.plot(*at, "o", color="C3", ms=5)
+            left.annotate(str(i + 1), at, (0, -12), textcoords="offset points", fontsize=8, color="C3",
+                          ha="center")
+    left.set(title=f"The line of {line}; numbers as on the right", ylabel="validation loss (nats a token)",
+             xlabel="FLOPs of a forward pass, realised (dense model of 8 blocks = 1)")
+    for cost, shift, fmt, color in (("forward FLOPs", -0.15, "o", "C3"), ("forward time", 0.15, "D", "C0")):
+        at = [(i + shift, *found[name][cost]) for i, name in enumerate(names) if cost in found[name]]
+        right.errorbar([difference for _, difference, *_ in at], [y for y, *_ in at], fmt=fmt, ms=5, lw=1,
+                       xerr=[quantile(0.01, df) * error for *_, error, df in at], color=color,
+                       label=f"at equal {COSTS[cost].split(',')[0]}")
+    right.axvline(0, color="0.4", lw=1)
+    labels = [f"{name}, n {rows[name]['n']}  ({i})" for i, name in enumerate(names, 1)]
+    right.set_yticks(range(len(names)), labels, fontsize=8)
+    right.invert_yaxis()
+    right.legend(frameon=False, loc="upper right")
+    right.set(title="Loss against the dense line: p < 0.01 where the bar ends left of 0",
+              xlabel="nats a token")
+    for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="0.93", lw=0.8)
         ax.set_axisbelow(True)
-    fig.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize=9,
-               loc="outside right center")
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -491,7 +521,9 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.what == "run":
         return run(args.rows, args.seeds, args.records_dir)
-    return measure(args.rows, args.rounds, args.records_dir)
+    sys.path.insert(0, str(HERE.parent))
+    from train_gpt_skip import exit_status
+    return exit_status(lambda: measure(args.rows, args.rounds, args.records_dir))
 
 
 if __name__ == "__main__":
