@@ -34,8 +34,8 @@ BASE = ["--preset", "demo", "--num_steps", "1000", "--batch_size", "16", "--devi
         "--cooldown_fraction", "0", "--val_tokens", "262144", "--val_every", "250", "--save_every", "1000",
         "--log_every", "50", "--metrics_every", "5", "--compile", "--device", "cpu"]
 TARGET = 1.432  # nats, a fixed threshold: the mean of dense_8
-DENSE, GATED = "dense", "gated by the paper's rule (proportional, Eq. 3 on keys), a quarter in the middle"
-PAPER = "--control proportional --coef_update 0.03"  # the paper's rule; the demo has the derivative's
+DENSE, GATED = "dense", "proportional control (gamma 0.03), Eq. 3 on keys, a quarter in the middle"
+PAPER = "--control proportional --coef_update 0.03"
 ROWS = {  # name: (what it is, flags)
     "dense_8": (DENSE, "--control dense"),
     "gated_8_0.25": (GATED, f"{PAPER} --mean_target_end 0.25"),
@@ -66,7 +66,7 @@ MUON = {  # the same with Muon for the blocks' matrices, and more of them
         f"{L} blocks, {share} of the tokens in the middle, Table 1's proportional-derivative control",
         f"--n_layers {L} --mean_target_end {target} --control proportional_derivative")
        for L in (4, 6) for target, share in ((0.25, "a quarter"), (0.5, "half"))},
-    "gated_4_0.5": ("4 blocks, half of the tokens in the middle, the paper's rule",
+    "gated_4_0.5": ("4 blocks, half of the tokens in the middle, proportional control",
                     f"{PAPER} --n_layers 4 --mean_target_end 0.5"),
     "dense_3": (DENSE, "--control dense --n_layers 3"),
     "dense_5": (DENSE, "--control dense --n_layers 5"),
