@@ -156,8 +156,8 @@ def figure(content: dict, path: Path):
         if dense:
             ax.annotate(f"dense, {content['blocks'][name]} blocks", (x, y), (8, -12),
                         textcoords="offset points", fontsize=9, color="0.25")
-    ax.set(xlabel="share of the further blocks' FLOPs (of the tokens that run them)",
-           ylabel="share of what they gain", xlim=(-0.03, 1.2))
+    ax.set(xlabel="share of the tokens that run the further blocks (dense, gated: of these blocks' FLOPs)",
+           ylabel="share of what they gain", xlim=(-0.03, 1.2), xticks=np.arange(0, 1.01, 0.2))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.93", lw=0.8)
     ax.set_axisbelow(True)
