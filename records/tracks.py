@@ -467,7 +467,7 @@ def figure(rows: dict[str, dict], path: Path):
     right.set_yticks(range(len(names)), labels, fontsize=8)
     right.invert_yaxis()
     right.legend(frameon=False, loc="upper right")
-    right.set(title="Loss against the dense line: p < 0.01 where the bar ends left of 0",
+    right.set(title="Against the dense line (a bar left of 0: p < 0.01)",
               xlabel="nats a token")
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
