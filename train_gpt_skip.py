@@ -1372,8 +1372,8 @@ class Trainer:
         sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
-        datasets = [self.shards[split].dataset() for split in ("val", "train")]
-        cfg.encoding = cfg.encoding or datasets[1].get("encoding", cfg.tokeniser)
+        _, dataset = self.shards["val"].dataset(), self.shards["train"].dataset()  # (which check themselves)
+        cfg.encoding = cfg.encoding or dataset.get("encoding", cfg.tokeniser)
         check_field(Config.__dataclass_fields__["encoding"], cfg.encoding)
         self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
         self.origin = f"from {cfg.init_from}" if weights else "new"

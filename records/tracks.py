@@ -290,8 +290,9 @@ def quantile(p: float, df: float) -> float:
 
 
 def gather(folder: Path) -> dict[str, dict]:
-    """Rows by name: losses of the finished seeds, mean costs, blocks, date, `dense`: is it a point of a dense
-    line?, `line`: which one is its own, by optimizer and regime, and `full`: is there one?"""
+    """Rows by name: losses of the finished seeds, mean costs, blocks, date, `measured`: of each seed, all
+    times of the measurement that has it, `dense`: is it a point of a dense line?, `line`: which one is its
+    own, by optimizer and regime, and `full`: is there one?"""
     rows, timed, seeds = {}, {}, {}  # timed: by name its newest times over dense_8's, and all of that record
     for path in sorted(folder.glob("*_times/times.json")):
         content = json.loads(path.read_text())
@@ -310,9 +311,10 @@ def gather(folder: Path) -> dict[str, dict]:
             row |= dict(dense=on_line(name), n_layers=s["n_layers"], steps=s["step"],
                         date=path.name[:10])
             times, measured = timed.get(path.name, timed.get(name, ({}, {})))
-            step_tokens = s["tokens_per_s"] * s["train_seconds"] / s["step"]
-            steps = s["train_flops"] / (3 * s["realised_flops_per_token"] * step_tokens)  # as the last one
             row["measured"].append(measured)
+            if times:
+                step_tokens = s["tokens_per_s"] * s["train_seconds"] / s["step"]
+                steps = s["train_flops"] / (3 * s["realised_flops_per_token"] * step_tokens)  # like a timed one
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]), ("forward time", times.get("forward")),
                                 ("training time", times and times["train"] * steps or None)):
