@@ -314,7 +314,7 @@ def gather(folder: Path) -> dict[str, dict]:
             row["measured"].append(measured)
             if times:
                 step_tokens = s["tokens_per_s"] * s["train_seconds"] / s["step"]
-                steps = s["train_flops"] / (3 * s["realised_flops_per_token"] * step_tokens)  # like a timed one
+                steps = s["train_flops"] / (3 * s["realised_flops_per_token"] * step_tokens)  # as timed
             for cost, value in (("forward FLOPs", s["realised_flops_per_token"]),
                                 ("training FLOPs", s["train_flops"]), ("forward time", times.get("forward")),
                                 ("training time", times and times["train"] * steps or None)):
