@@ -1,31 +1,42 @@
 #!/usr/bin/env bash
-# Train, evaluate or test, setting up what is missing:
-#   ./run.sh [flags]              train; without shards or GPU, the demo (./run.sh --help: all flags)
-#   ./run.sh fineweb|tokenize [flags]  get shards, or make them of texts (data/)
-#   ./run.sh eval|sample|export|report|bench|plan|tracks|gain [flags]  a tool of records/
-#   ./run.sh test [pytest flags]  run the tests
+# Train, or look at what was trained, setting up what is missing:
+#   ./run.sh [--flags]             train; without shards or GPU, the demo (the flags are below)
+#   ./run.sh test                  run the tests (further flags go to pytest)
+# Commands, each with flags of its own (--help):
+#   fineweb, tokenize              get shards, or make them of texts
+#   eval, sample, convert          take a checkpoint: its loss and who skips; text; other layouts
+#   show, report, tracks           one run; all records; comparisons by seeds
+#   bench, plan                    time this machine; estimate a run's cost (plan --dry_run: check a run, start none)
 # NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS go to torchrun.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-satisfies() {  # does this Python have what the command needs?
+fail() { echo "run.sh: error: $*" >&2; exit 2; }
+
+case "${1:---}" in
+    --help|-h) sed -n '2,/^set/s/^# \{0,1\}//p' run.sh ;;
+    -*|test|fineweb|tokenize|eval|sample|convert|show|report|tracks|bench|plan) ;;
+    *) fail "there is no command $1; there are test, fineweb, tokenize, eval, sample, convert, show, report," \
+            "tracks, bench and plan, and without any ./run.sh trains (--help)" ;;
+esac
+
+satisfies() {  # has this Python what the command needs?
     "$1" - "${2:-train}" 2>/dev/null <<'PY'
 import re, sys
 from importlib.metadata import version
-if sys.version_info < (3, 11): sys.exit(1)
-lines = [l.split("==")[0] for l in open("requirements.txt") if "==" in l]
-for name in lines if sys.argv[1] == "test" else lines[:7]:
-    version(name)
-sys.exit(tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) < (2, 11))
+runtime, _, further = open("requirements.txt").read().partition("# only for")
+names = re.findall(r"^([\w-]+)==", runtime + further * (sys.argv[1] == "test"), re.M)
+versions = {name: version(name) for name in names}
+sys.exit(sys.version_info < (3, 11) or tuple(map(int, re.findall(r"\d+", versions["torch"])[:2])) < (2, 11))
 PY
 }
 
 python=$(command -v python || command -v python3 || true)
-[ -n "$python" ] || { echo "run.sh: error: no python on the PATH; install Python 3.11 or newer" >&2; exit 2; }
+[ -n "$python" ] || fail "no python on the PATH; install Python 3.11 or newer"
 if ! satisfies "$python" "${1:-}"; then
     if ! satisfies .venv/bin/python "${1:-}"; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-            { echo "run.sh: error: $python is too old; install Python 3.11 or newer" >&2; exit 2; }
+            fail "$python is too old; install Python 3.11 or newer"
         echo "run.sh: installing requirements.txt into .venv"
         "$python" -m venv .venv
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -42,16 +53,15 @@ demo_data() {
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 
-case "${1:-train}" in
+case "${1:-}" in
     test) shift; exec "$python" -m pytest -q test_skip.py "$@" ;;
-    eval) shift; exec "$python" records/evaluate.py "$@" ;;
-    sample|export|report|bench|plan|tracks|gain)
-        tool=$1; shift
-        case "$tool ${1:-}" in "tracks run"|"tracks time"|gain*) demo_data ;; esac
-        exec "$python" "records/$tool.py" "$@" ;;
     fineweb) shift; exec "$python" data/fineweb.py "$@" ;;
     tokenize) shift; exec "$python" data/tokenize_text.py "$@" ;;
-    train) shift || true ;;
+    eval) shift; exec "$python" records/evaluate.py "$@" ;;
+    sample|convert|show|report|tracks|bench|plan)
+        [ "$1 ${2:-}" != "tracks time" ] || demo_data
+        tool=$1; shift
+        exec "$python" "records/$tool.py" "$@" ;;
 esac
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')

@@ -22,8 +22,8 @@ from train_gpt_skip import Config, MiddleSkippingTransformer, UserError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
 sys.path.insert(0, str(ROOT / "records"))
-tokenize_text, sample, evaluate, export, show = map(importlib.import_module, (
-    "tokenize_text", "sample", "evaluate", "export", "show"))
+tokenize_text, sample, evaluate, export, show, tool = map(importlib.import_module, (
+    "tokenize_text", "sample", "evaluate", "export", "show", "tool"))
 TINY = dict(dim=16, n_layers=4, n_heads=2, vocab_size=11, max_seq_len=8, batch_size=4, device_batch_size=2,
             num_steps=3)
 torch.set_num_threads(1)  # the cases are tiny
@@ -140,10 +140,8 @@ def random_tokens(cfg, B=2, T=6, seed=0):
 
 def model_logits(model, tokens):
     B, T = tokens.shape
-    depth = torch.zeros(B * T, dtype=torch.int64)
-    h, _ = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B), B,
-                        depth)
-    return model.output(h).view(B, T, -1), depth.view(B, T)
+    h, levels = model.hidden(tokens.flatten(), torch.arange(B).repeat_interleave(T), torch.arange(T).repeat(B), B)
+    return model.output(h).view(B, T, -1), tool.blocks_run(levels, B * T, model.cfg.n_layers).view(B, T)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -254,8 +252,8 @@ def test_random_gates_are_open_as_often_as_their_targets_ask_nested_and_the_same
                               vocab_size=257, max_seq_len=64)
     inputs, targets = random_tokens(cfg, 64, 64)
     with torch.no_grad():
-        depth = torch.zeros_like(inputs)
-        _, stats = model(inputs, targets, depth)
+        depth = model_logits(model, inputs)[1]
+        _, stats = model(inputs, targets)
         torch.testing.assert_close(stats[:, 2] / inputs.numel(), torch.tensor([0.9, 0.55, 0.2]).double(),
                                    rtol=0, atol=0.03)
         assert torch.equal(stats[:, 0], stats[:, 2]) and not model.masks
@@ -263,8 +261,7 @@ def test_random_gates_are_open_as_often_as_their_targets_ask_nested_and_the_same
         model.cfg.compute = "masked"
         torch.testing.assert_close(model(inputs, targets)[1][:, :3], stats[:, :3])
     model.cfg = Config(**TINY | dict(control="random", n_layers=6, seed=1, max_seq_len=64, vocab_size=257))
-    model(inputs, targets, other := torch.zeros_like(inputs))
-    assert not torch.equal(other, depth)
+    assert not torch.equal(model_logits(model, inputs)[1], depth)
 
 
 def test_a_gate_that_has_reached_zero_passes_no_gradient():
@@ -356,8 +353,7 @@ def test_flex_attention_gives_what_the_cpu_kernel_gives(kv_heads, gated):
     g[::7] = 0
     ln_g = tgs.log_gate(g) if gated else None
     with torch.no_grad():
-        layout = tgs.make_layout(seq, torch.zeros_like(seq), torch.arange(n), 1 + len(lengths),
-                                 (torch.ones(1, 8),) * 2, n, True)
+        layout = tgs.make_layout(seq, torch.arange(n), torch.ones(n, 8), torch.ones(n, 8), 1 + len(lengths), True)
         rows = tgs.attend_rows(q, k, v, ln_g, layout)
         flex = tgs.attend_flex(q, k, v, ln_g, layout)
     seen = slice(None) if not gated else torch.tensor([(g[(seq == seq[i]).nonzero()[0, 0]:i + 1] > 0).any()
@@ -374,11 +370,12 @@ def test_the_padded_flex_path_computes_what_the_row_path_does(kw, monkeypatch):
     model, cfg = random_model(9, **kw)
     inputs, targets = random_tokens(cfg, 3, 7)
     with torch.no_grad():
-        depth, flex_depth = torch.zeros_like(inputs), torch.zeros_like(inputs)
-        want, stats = model(inputs, targets, depth)
+        want, stats = model(inputs, targets)
+        depth = model_logits(model, inputs)[1]
         logits, cached, _ = decoded(model, [[1, 2, 3], [4, 5]], 3)
         monkeypatch.setattr(tgs, "uses_flex", lambda device: True)
-        loss, flex_stats = model(inputs, targets, flex_depth)
+        loss, flex_stats = model(inputs, targets)
+        flex_depth = model_logits(model, inputs)[1]
         flex_logits, flex_cached, _ = decoded(model, [[1, 2, 3], [4, 5]], 3)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(flex_stats, stats, rtol=1e-5, atol=1e-5)

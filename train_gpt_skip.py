@@ -4,8 +4,7 @@ The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and A
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
 float32, torch 2.13, 12 blocks, d 384). Here is what can change a run and what records it, in the paper's
-order; what draws, prints and measures it (records/show.py, which a copy of this file can do without) and what
-looks at a finished run is in records/. Three commands:
+order; what looks at a run, while it trains or later, is a tool in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
     ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
@@ -13,20 +12,21 @@ looks at a finished run is in records/. Three commands:
 """
 from __future__ import annotations
 
-import argparse, contextlib, dataclasses, datetime, fcntl, functools, glob, hashlib, importlib.metadata
-import itertools, json, math, os, platform, re, shlex, signal, subprocess, sys, time, traceback, warnings
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import argparse, copy, datetime, fcntl, glob, hashlib, importlib.metadata
+import itertools, json, math, os, platform, re, resource, shlex, signal, subprocess, sys, time
+import traceback, warnings, zipfile
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, lru_cache, partial
+from os import environ
 from pathlib import Path
-from statistics import fmean as mean
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file as load_safetensors, save as safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -50,106 +50,131 @@ class Divergence(Exception):
 # ----------------------------------------------------------------------------------------------------------
 # Configuration (Table 2). Every field is a flag of the same name.
 
-OF_CONTROL = "mean_coef_init", "var_coef_init", "coef_update"
-CONTROLS = {  # name: initial alpha, initial beta, gamma (Table 1; gamma 0: the coefficients never move)
-    "dense": (0.0, 0.0, 0.0), "none": (0.0, 0.0, 0.0), "sparsity": (0.01, 0.0, 0.0),
-    "sparsity_variance": (0.01, -0.01, 0.0), "sparsity_variance_l2": (0.1, 0.1, 0.0),
-    "random": (0.0, 0.0, 0.0), "adaptive": (0.0, 0.0, 1e-3), "proportional": (0.0, 0.0, 1e-3),
-    "proportional_derivative": (0.0, 0.0, 1e-2),
+class Control(NamedTuple):
+    """How gates are controlled: a row of Table 1."""
+    routers: bool = True  # that are learnt
+    targets: bool = False  # mean gates to aim at
+    loss: bool = True  # a term for the gates
+    alpha: float = 0.0  # the initial coefficient of their mean in it
+    beta: float = 0.0  # and of their variance
+    gamma: float = 0.0  # by which the coefficients move; 0: never
+
+
+CONTROLS = {
+    "dense": Control(routers=False, loss=False),
+    "none": Control(loss=False),
+    "random": Control(routers=False, targets=True, loss=False),
+    "sparsity": Control(alpha=0.01),
+    "sparsity_variance": Control(alpha=0.01, beta=-0.01),
+    "sparsity_variance_l2": Control(targets=True, alpha=0.1, beta=0.1),
+    "adaptive": Control(targets=True, gamma=1e-3),
+    "proportional": Control(targets=True, gamma=1e-3),
+    "proportional_derivative": Control(targets=True, gamma=1e-2),
 }
 
 
-def flag(default, text, *choices, allow="above 0"):
-    return dataclasses.field(default=default, metadata=dict(help=text, choices=choices or None, allow=allow))
+def flag(of, default, text, *choices, allow="above 0"):
+    return field(default=default, metadata=dict(of=of, help=text, choices=choices, allow=allow))
 
 
-fraction = functools.partial(flag, allow="between 0 and 1")
+of_size, of_model, of_gates, of_data, of_batch, of_optimizer, of_run = (
+    partial(flag, of) for of in ("size", "model", "gates", "data", "batch", "optimizer", "run"))
+FRACTION = "between 0 and 1"
 
 
 @dataclass
 class Config:
     """All settings of a run; None means that the value follows from the others. Raises UserError."""
+    # sizes, which a checkpoint fixes
+    dim: int = of_size(768, "width d of the residual stream")
+    n_layers: int = of_size(12, "number of blocks L; even, unless dense")
+    n_heads: int = of_size(12, "query heads; divides dim")
+    n_kv_heads: int | None = of_size(None, "key and value heads; divides n_heads (default: n_heads)")
+    vocab_size: int = of_size(50257, "number of tokens in the vocabulary")
+    ffn_dim_multiplier: float = of_size(4.0, "width of the SwiGLU hidden layer, in units of dim")
+    norm_eps: float = of_size(1e-5, "RMSNorm epsilon")
+    rope_theta: float = of_size(10000.0, "base of the rotary frequencies")
+    use_scaled_rope: bool = of_size(False, "Llama 3's scaling of the rotary frequencies")
+    rope_factor: float = of_size(8.0, "by which it divides the lowest (Llama 3.1: 8, 3.2: 32)")
+    max_seq_len: int = of_size(1024, "sequence length T, in tokens")
     # model
-    dim: int = flag(768, "width d of the residual stream")
-    n_layers: int = flag(12, "number of blocks L; even, unless dense")
-    n_heads: int = flag(12, "query heads; divides dim")
-    n_kv_heads: int | None = flag(None, "key and value heads; divides n_heads (default: n_heads)")
-    vocab_size: int = flag(50257, "number of tokens in the vocabulary")
-    ffn_dim_multiplier: float = flag(4.0, "width of the SwiGLU hidden layer, in units of dim")
-    norm_eps: float = flag(1e-5, "RMSNorm epsilon")
-    rope_theta: float = flag(10000.0, "base of the rotary frequencies")
-    use_scaled_rope: bool = flag(False, "Llama 3's scaling of the rotary frequencies")
-    max_seq_len: int = flag(1024, "sequence length T, in tokens")
-    initializer_range: float = flag(0.02, "standard deviation of the initial weights")
-    norm: str = flag("sandwich", "norm of a module's input and output, or only its input", "sandwich", "pre")
-    gate_attention: str = flag("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
-    compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
+    initializer_range: float = of_model(0.02, "standard deviation of the initial weights")
+    norm: str = of_model(
+        "sandwich", "norm of a module's input and output, of its input alone, or (llama) of that but not of the "
+        "embeddings", "sandwich", "pre", "llama")
+    gate_attention: str = of_model("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
+    compute: str = of_model("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
-    control: str = flag("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
-    mean_target_start: float = fraction(1.0, "target mean gate of the first block, 0 to 1")
-    mean_target_end: float = fraction(0.5, "target mean gate of the middle blocks, 0 to 1")
-    mean_coef_init: float | None = flag(None, "initial alpha (default: Table 1's)", allow="any")
-    var_coef_init: float | None = flag(None, "initial beta (default: Table 1's)", allow="any")
-    coef_update: float | None = flag(None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
-    tolerance: float = flag(0.01, "tolerance delta: smaller deviations move nothing", allow="at least 0")
+    control: str = of_gates("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
+    mean_target_start: float = of_gates(1.0, "target mean gate of the first block, 0 to 1", allow=FRACTION)
+    mean_target_end: float = of_gates(0.5, "target mean gate of the middle blocks, 0 to 1", allow=FRACTION)
+    mean_coef_init: float | None = of_gates(None, "initial alpha (default: Table 1's)", allow="any")
+    var_coef_init: float | None = of_gates(None, "initial beta (default: Table 1's)", allow="any")
+    coef_update: float | None = of_gates(
+        None, "update multiplier gamma (default: Table 1's)", allow="at least 0")
+    tolerance: float = of_gates(0.01, "tolerance delta: smaller deviations move nothing", allow="at least 0")
     # data
-    train_files: str = flag("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
-    val_files: str = flag("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
-    train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
-    val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
-    shuffle: bool = flag(False, "take a shard's sequences in a random order, seeded, new each pass")
-    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2", "bytes")
+    train_files: str = of_data("data/fineweb10B/fineweb_train_*.bin", "glob of the training shards")
+    val_files: str = of_data("data/fineweb10B/fineweb_val_*.bin", "glob of the validation shards")
+    train_tokens: int | None = of_data(None, "use only the first so many training tokens (default: all)")
+    val_tokens: int | None = of_data(None, "use only the first so many validation tokens (default: all)")
+    shuffle: bool = of_data(False, "take a shard's sequences in a random order, seeded, new each pass")
+    encoding: str | None = of_data(
+        None, "gpt2, bytes, or the path of a tokenizer.json (default: dataset.json's, or vocab_size's)")
     # batch
-    batch_size: int = flag(512, "sequences a step, over all devices")
-    device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
+    batch_size: int = of_batch(512, "sequences a step, over all devices")
+    device_batch_size: int = of_batch(32, "sequences a micro-batch, on one device")
     # optimizer and schedule
-    optimizer: str = flag("adamw", "optimizer of the blocks' matrices; all else has AdamW", "adamw", "muon")
-    lr: float = flag(1e-3, "peak learning rate")
-    beta1: float = fraction(0.8, "decay of AdamW's first moment")
-    beta2: float = fraction(0.95, "decay of AdamW's second moment")
-    eps: float = flag(1e-10, "AdamW epsilon")
-    weight_decay: float = flag(0.0, "weight decay, of both optimizers", allow="at least 0")
-    max_grad_norm: float | None = flag(None, "clip the gradient norm to this (default: off)")
-    num_steps: int | None = flag(None, "optimizer steps (default: a pass over the data)", allow="at least 0")
-    warmup_fraction: float = fraction(0.1, "share of the steps that warms up")
-    cooldown_fraction: float = fraction(
-        0.0, "share of the steps in which lr falls linearly to 0, constant before (0: a cosine)")
-    start_factor: float = flag(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
+    optimizer: str = of_optimizer(
+        "adamw", "optimizer of the blocks' matrices; all else has AdamW", "adamw", "muon")
+    lr: float = of_optimizer(1e-3, "peak learning rate")
+    beta1: float = of_optimizer(0.8, "decay of AdamW's first moment", allow=FRACTION)
+    beta2: float = of_optimizer(0.95, "decay of AdamW's second moment", allow=FRACTION)
+    eps: float = of_optimizer(1e-10, "AdamW epsilon")
+    weight_decay: float = of_optimizer(0.0, "weight decay, of both optimizers", allow="at least 0")
+    max_grad_norm: float | None = of_optimizer(None, "clip the gradient norm to this (default: off)")
+    num_steps: int | None = of_optimizer(
+        None, "optimizer steps (default: a pass over the data)", allow="at least 0")
+    warmup_fraction: float = of_optimizer(0.1, "share of the steps that warms up", allow=FRACTION)
+    cooldown_fraction: float = of_optimizer(
+        0.0, "share of the steps in which lr falls linearly to 0, constant before (0: a cosine)", allow=FRACTION)
+    start_factor: float = of_optimizer(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
-    preset: str | None = flag(None, "named settings; flags override them", "demo", "gated", "dense")
-    config: str | None = flag(None, "start from the settings of a record's config.json (a file)")
-    name: str | None = flag(None, "name of the record (default: the preset's, or the control's)")
-    seed: int = flag(0, "seed of the initial weights, --shuffle and --control random", allow="at least 0")
-    device: str | None = flag(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
-    dtype: str | None = flag(None, "of matrix products (default: bfloat16 on cuda)", "bfloat16", "float32")
-    compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda)")
-    val_every: int = flag(100, "steps between validations")
-    save_every: int = flag(1000, "steps between checkpoints")
-    log_every: int = flag(1, "steps between lines of the log")
-    metrics_every: int = flag(1, "steps between training events of metrics.jsonl")
-    target_loss: float | None = flag(None, "stop at this validation loss (nats a token)", allow="any")
-    records_dir: str = flag("records", "folder that holds the records")
-    resume: str | None = flag(None, "a record's folder: go on from its last checkpoint")
-    init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
-    # what follows from them
-    head_dim = property(lambda self: self.dim // self.n_heads)
-    hidden_dim = property(lambda self: int(self.ffn_dim_multiplier * self.dim))
-    n_levels = property(lambda self: (self.n_layers + 1) // 2)
-    n_routers = property(lambda self: 0 if self.control in ("dense", "random") else self.n_levels)
-    gated = property(lambda self: self.control != "dense")
-    step_tokens = property(lambda self: self.batch_size * self.max_seq_len)
-    tokeniser = property(lambda self: self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2"))
+    preset: str | None = of_run(None, "named settings; flags override them", "demo", "gated", "dense")
+    config: str | None = of_run(None, "start from a record's settings: its folder, config.json, or PARENT/NAME")
+    name: str | None = of_run(None, "name of the record (default: the preset's, or the control's)")
+    seed: int = of_run(0, "seed of the initial weights, --shuffle and --control random", allow="at least 0")
+    device: str | None = of_run(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
+    dtype: str | None = of_run(
+        None, "of matrix products (default: bfloat16 on cuda)", "bfloat16", "float32")
+    compile: bool | None = of_run(None, "torch.compile the blocks (default: on cuda)")
+    val_every: int = of_run(100, "steps between validations")
+    save_every: int = of_run(1000, "steps between checkpoints")
+    log_every: int = of_run(1, "steps between lines of the log")
+    metrics_every: int = of_run(1, "steps between training events of metrics.jsonl")
+    target_loss: float | None = of_run(None, "stop at this validation loss (nats a token)", allow="any")
+    records_dir: str = of_run("records", "folder that holds the records")
+    resume: str | None = of_run(None, "a record's folder: go on from its last checkpoint")
+    init_from: str | None = of_run(None, "checkpoint (folder or file) to take sizes and weights from")
 
     def __post_init__(self):
-        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        for name, value in zip(OF_CONTROL, CONTROLS.get(self.control, ())):
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             check_field(f, getattr(self, f.name))
+        self.n_kv_heads = given(self.n_kv_heads, self.n_heads)
+        self.head_dim = self.dim // self.n_heads
+        self.hidden_dim = int(self.ffn_dim_multiplier * self.dim)
+        self.step_tokens = self.batch_size * self.max_seq_len
+        self.rule = CONTROLS[self.control]
+        self.gated = self.control != "dense"
+        self.n_levels = (self.n_layers + 1) // 2
+        self.n_routers = self.n_levels if self.rule.routers else 0
         for ok, message in self.rules():
             if not ok:
                 raise UserError(message)
+
+    @property
+    def tokeniser(self):
+        return self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
 
     def rules(self):
         L, d, H = self.n_layers, self.dim, self.n_heads
@@ -158,7 +183,6 @@ class Config:
         yield d % H == 0, f"--dim {d} is not a multiple of --n_heads {H}; try --dim {-(-d // H) * H}"
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
-        yield self.vocab_size <= 2**16, f"--vocab_size {self.vocab_size}: tokens have 16 bits, at most 65536"
         yield self.seed < 2**63, f"--seed {self.seed} has more than 63 bits"
         yield re.fullmatch("[^/\0]{1,200}", self.name or "-"), (
             f"--name {self.name!r} cannot be part of a folder's name: at most 200 characters, no /")
@@ -168,16 +192,23 @@ class Config:
         yield self.warmup_fraction + self.cooldown_fraction <= 1, (
             f"--warmup_fraction {self.warmup_fraction} and --cooldown_fraction {self.cooldown_fraction} are "
             "more than all steps together")
-        lossless = self.control in ("dense", "none", "random")
-        yield not (lossless and (self.mean_coef_init or self.var_coef_init)), (
+        yield self.rule.loss or not (self.mean_coef_init or self.var_coef_init), (
             f"--control {self.control} has no gate loss: leave out --mean_coef_init and --var_coef_init")
-        yield CONTROLS[self.control][2] or not self.coef_update, (
+        yield self.rule.gamma or not self.coef_update, (
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
 
 
-MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
-SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
-GATE_FIELDS = ["control", "mean_target_start", "mean_target_end", "seed"]  # what its gates follow from
+def given(value, default):
+    return default if value is None else value
+
+
+FIELDS = {f.name: f for f in fields(Config)}
+def names_of(*groups):
+    return [name for name, f in FIELDS.items() if f.metadata["of"] in groups]
+
+
+SIZES, MODEL_FIELDS = names_of("size"), names_of("size", "model")
+COEFFICIENTS = ["mean_coef_init", "var_coef_init", "coef_update"]  # which belong to their control
 
 PRESETS = {
     "gated": dict(),
@@ -191,23 +222,23 @@ PRESETS = {
 }
 
 
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+LARGEST = sys.float_info.max
+RANGES = {"any": (-LARGEST, LARGEST), "above 0": (5e-324, LARGEST), "at least 0": (0, LARGEST), FRACTION: (0, 1)}
+
+
 def check_field(f, value):
     """Type and range of one field; a JSON file can hold what a command line cannot."""
-    kind, optional = f.type.split(" | ")[0], "None" in f.type
+    kind, _, optional = f.type.partition(" | ")
     if value is None and optional:
         return
-    want = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
-    if not isinstance(value, want) or (kind != "bool" and isinstance(value, bool)):
-        raise UserError(f"--{f.name} {value!r} is not {'a number' if kind == 'float' else 'of type ' + kind}")
+    if type(value) is not TYPES[kind] and (type(value), kind) != (int, "float"):
+        raise UserError(f"--{f.name} {value!r} is not of type {kind}")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"--{f.name} {value!r} is not one of {', '.join(f.metadata['choices'])}")
-    if kind in ("int", "float"):
-        allow = f.metadata["allow"]
-        fits = {"above 0": value > 0, "at least 0": value >= 0, "between 0 and 1": 0 <= value <= 1,
-                "any": True}
-        if not (fits[allow] and math.isfinite(value)):
-            raise UserError(f"--{f.name} {value} is out of range: it must be a finite number"
-                            + f", {allow}" * (allow != "any"))
+    low, high = RANGES[f.metadata["allow"]]
+    if kind in ("int", "float") and not low <= value <= high:
+        raise UserError(f"--{f.name} {value} is out of range: it must be a finite number, {f.metadata['allow']}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -216,42 +247,54 @@ def check_field(f, value):
 class Runtime:
     """One process of torchrun's (or the only one): rank, world size R, device, precision."""
 
-    def __init__(self, cfg: Config):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, local = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0))
-        cuda = torch.cuda.is_available() if cfg.device is None else cfg.device == "cuda"
-        if cuda and local >= torch.cuda.device_count():
-            raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
-                            f"{local} has none; use --device cpu or fewer processes (NPROC)")
-        if cuda and cfg.head_dim < 16:
-            raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        self.dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
-        self.compile = cuda if cfg.compile is None else cfg.compile
-        if cuda:
+    def __init__(self, cfg):
+        self.rank = int(environ.get("RANK", 0))
+        self.world = int(environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = choose_device(cfg)
+        self.cuda = self.device.type == "cuda"
+        self.dtype = getattr(torch, cfg.dtype or ("bfloat16" if self.cuda else "float32"))
+        self.compile = given(cfg.compile, self.cuda)
+        if self.cuda:
             torch.cuda.set_device(self.device)
             # float32 stays float32: a router in TF32 may open in decoding a gate that was closed in training
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         if self.world > 1 and not dist.is_initialized():
-            store, timeout = next(dist.rendezvous("env://"))[0], datetime.timedelta(minutes=10)
-            # torchrun's restarts share a store: hide old addresses
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank,
-                                    world_size=self.world, timeout=timeout)
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(minutes=10))
 
-    def sum(self, x: Tensor) -> Tensor:
-        """x summed over ranks, in place."""
+    def sum(self, *tensors):
+        """Each summed over ranks, in place, in one all-reduce."""
         if self.world > 1:
-            dist.all_reduce(x)
-        return x
+            flat = torch.cat([x.flatten() for x in tensors])
+            dist.all_reduce(flat)
+            for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+                x.copy_(part.view_as(x))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def synchronize(self):
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
+
+    def peak_memory(self):
+        """Bytes: of the CUDA allocator, or the peak resident set of the process."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # (as Linux counts)
+
+
+def choose_device(cfg):
+    """This process's device. Raises UserError where there is none, or one that cannot train this model."""
+    if given(cfg.device, "cuda" if torch.cuda.is_available() else "cpu") == "cpu":
+        return torch.device("cpu")
+    local, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        raise RankError(f"--device cuda: this machine has {gpus} GPUs, process {local} has none; use "
+                        "--device cpu or fewer processes (NPROC)")
+    if cfg.head_dim < 16:
+        raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
+    return torch.device("cuda", local)
 
 
 # All that is ever compiled is run as lower(function)(...), where `lower` is one of these two.
@@ -260,14 +303,17 @@ def eager(function):
     return function
 
 
-@functools.cache
+@cache
 def compiled(function):
     """One graph for all layers and all numbers of active tokens."""
     import torch.fx.experimental._config as shapes
     import torch._inductor.config as inductor
-    shapes.use_duck_shape = False  # a number of rows that equals another size does so by chance
-    # By default a norm's backward walks few rows in another way than many, which is another graph.
-    inductor.triton.mix_order_reduction_non_strict_mode = True
+    try:
+        shapes.use_duck_shape = False  # a number of rows that equals another size does so by chance
+        # By default a norm's backward walks few rows in another way than many, which is another graph.
+        inductor.triton.mix_order_reduction_non_strict_mode = True
+    except AttributeError as e:
+        raise UserError(f"torch {torch.__version__} lacks a setting ({e}): use 2.11 to 2.13, or --no-compile")
     return torch.compile(function, dynamic=True)
 
 
@@ -275,21 +321,25 @@ def compiled(function):
 # Norm and positions. Llama 3's: RMSNorm, and rotary embeddings on interleaved pairs (2i, 2i+1).
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
 
 
-def rope_table(cfg: Config) -> tuple[Tensor, Tensor]:
+def normed(norm, x):
+    return norm(x)
+
+
+def rope_table(cfg):
     """cos and sin of every position's angles, each (max_seq_len, head_dim / 2), float32."""
     freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
-    if cfg.use_scaled_rope:  # Llama 3.1: wavelengths of over 8192 positions 8-fold, a blend to 2048
+    if cfg.use_scaled_rope:  # Llama 3: wavelengths of over 8192 positions rope_factor-fold, a blend to 2048
         smooth = ((8192 * freq / (2 * math.pi) - 1) / 3).clamp(0, 1)
-        freq = freq * (smooth + (1 - smooth) / 8)
+        freq = freq * (smooth + (1 - smooth) / cfg.rope_factor)
     angle = torch.outer(torch.arange(cfg.max_seq_len, dtype=torch.float32), freq)
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """RoPE of x (n, heads, head_dim) by the angles (n, head_dim / 2) of each row's position."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -309,104 +359,93 @@ class Layout(NamedTuple):
     """Which tokens the rows of a packed tensor are: sequences ascend, positions in each too. Where a GPU
     computes, further rows pad them to `padded_rows`: a sequence of their own, which nobody sees."""
     seq: Tensor  # (n,) sequence of each token
-    pos: Tensor  # (n,) its position there
     row: Tensor  # (n,) the row of the micro-batch that it came from
     counts: Tensor  # (sequences + 1,) tokens of each sequence that are here; the last are padding, and 0
     cos: Tensor  # (n or padded, head_dim / 2) rotary angles
     sin: Tensor
     tables: list[Tensor] | None  # `mask_tables` (CUDA)
-    cache: object = None  # keys and values of earlier tokens (decoding)
 
 
-def make_layout(seq: Tensor, pos: Tensor, row: Tensor, n_seqs: int, rope: tuple[Tensor, Tensor],
-                rows: int, flex: bool) -> Layout:
-    """The layout of n tokens in so many rows, n or padded."""
+def make_layout(seq, row, cos, sin, n_seqs, flex):
+    """The layout of n tokens, in as many rows as the angles cos and sin have, n or padded."""
     each = torch.arange(n_seqs + 1, device=seq.device)
     counts = torch.searchsorted(seq, each, right=True) - torch.searchsorted(seq, each)
-    angle = padded(pos, rows, 0)
-    return Layout(seq, pos, row, counts, rope[0][angle], rope[1][angle],
-                  mask_tables(padded(seq, rows, n_seqs)) if flex else None)
+    return Layout(seq, row, counts, cos, sin, mask_tables(padded(seq, len(cos), n_seqs)) if flex else None)
 
 
-def gather(h: Tensor, S: Tensor, g: Tensor, layout: Layout, keep: Tensor, rope: tuple[Tensor, Tensor],
-           rows: int) -> tuple[Tensor, Tensor, Tensor, Layout]:
+def gather(h, S, g, layout, keep, rows):
     """The tokens `keep` (n,) of h (n, d), S and g, padded, and their layout: in one graph, since the host has
     just waited for `keep` and the device with it."""
-    at, token = padded(keep, rows, 0), torch.arange(rows, device=h.device) < len(keep)
-    S, g = torch.where(token, S[at], 1.0), torch.where(token, g[at], 0.0)
-    return h.index_select(0, at), S, g, make_layout(
-        layout.seq[keep], layout.pos[keep], layout.row[keep], len(layout.counts) - 1, rope, rows,
-        layout.tables is not None)
+    at = padded(keep, rows, 0)
+    token = torch.arange(rows, device=h.device) < len(keep)
+    inner = make_layout(layout.seq[keep], layout.row[keep], layout.cos[at], layout.sin[at],
+                        len(layout.counts) - 1, layout.tables is not None)
+    return h.index_select(0, at), torch.where(token, S[at], 1.0), torch.where(token, g[at], 0.0), inner
 
 
-def put_back(h: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+def put_back(h, keep, x):
     """h with its rows `keep` (n,) replaced by the first n of x."""
     return h.index_copy(0, keep, x[:len(keep)])
 
 
-def uses_flex(device: torch.device) -> bool:
+def uses_flex(device: torch.device):
     """FlexAttention has no backward on a CPU."""
     return device.type == "cuda"
 
 
-def padded_rows(n: int, flex: bool) -> int:
+def padded_rows(n, flex):
     """n, or what FlexAttention takes in one graph."""
     return max(2 * ROWS, -(-n // ROWS) * ROWS) if flex else n
 
 
-def padded(x: Tensor, rows: int, value) -> Tensor:
-    return x if rows == len(x) else F.pad(x, (0, rows - len(x)), value=value)
+def padded(x, rows, value):
+    return F.pad(x, (0, rows - len(x)), value=value)
 
 
-def mask_tables(seq: Tensor) -> list[Tensor]:
+def mask_tables(seq):
     """Block-sparse tables of the causal same-sequence mask, without an n x n tensor, in BlockMask's order.
 
     seq: (n,) sorted, n a multiple of ROWS. Returns, int32: the first row of each row's sequence (n,); then of
     each query block the number of partly visible key blocks and their indices, (1, 1, nb) and (1, 1, nb, nb),
     the same of fully visible ones; and both again of each key block, whose query blocks see it.
     """
-    start, end = torch.searchsorted(seq, seq), torch.searchsorted(seq, seq, right=True)
-    b = torch.arange(len(seq) // ROWS, device=seq.device)
-    lo, full_lo = start[::ROWS] // ROWS, (start[::ROWS] + ROWS - 1) // ROWS
-    hi, full_hi = (end[ROWS - 1::ROWS] - 1) // ROWS, end[ROWS - 1::ROWS] // ROWS
-    one = seq[::ROWS] == seq[ROWS - 1::ROWS]  # the block lies in one sequence
-    head, tail = (lo < full_lo) & (lo < b), (full_hi <= hi) & (b < hi)  # which begins, ends, inside another
+    first, last = seq[::ROWS], seq[ROWS - 1::ROWS]  # (nb,) the sequences in which a block begins and ends
+    each = torch.arange(len(first), device=seq.device)
+    seen = (each[:, None] >= each) & (first[:, None] <= last)  # (nb, nb), query by key blocks
+    full = (each[:, None] > each) & (last[:, None] == first)
 
-    def tables(first, last, cut, far, full_first, n_full):
-        k, (f, own, other) = b[None], (t[:, None] for t in (first, b, far))
-        n_part, n_full = torch.where(one, 1 + cut, last - first + 1), torch.where(one, n_full.clamp(min=0), 0)
-        part = torch.where(one[:, None], torch.where(k == 0, own, other), f + k)
-        part = torch.where(k < n_part[:, None], part, 0)
-        full = torch.where(k < n_full[:, None], full_first[:, None] + k, 0)
-        return [t.int()[None, None] for t in (n_part, part, n_full, full)]
+    def table(blocks):
+        count = blocks.sum(1)
+        index = blocks.int().argsort(dim=1, descending=True, stable=True)  # (those seen come first, in order)
+        index = torch.where(each < count[:, None], index, 0)
+        return [t.int()[None, None] for t in (count, index)]
 
-    return [start.int(), *tables(lo, b, head, lo, full_lo, b - full_lo),
-            *tables(b, hi, tail, hi, b + 1, full_hi - 1 - b)]
+    start = torch.searchsorted(seq, seq).int()
+    part = seen & ~full
+    return [start, *table(part), *table(full), *table(part.T), *table(full.T)]
 
 
-def block_mask(start: Tensor, *tables: Tensor) -> BlockMask:
+def block_mask(start, *tables):
     def causal_same_sequence(b, h, q, k):
         return (q >= k) & (k >= start[q])
 
     return BlockMask((len(start),) * 2, *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
 
 
-def log_gate(g: Tensor) -> Tensor:
+def log_gate(g):
     """ln g_j of Eq. 3, (n,) float32. A key with g = 0 is removed exactly; where all keys of a query are, the
     query itself is skipped, and its finite output is multiplied by 0."""
     return torch.where(g > 0, g.clamp(min=EPSILON).log(), REMOVED)
 
 
-def attention_kernel(layout: Layout):
+def attention_kernel(layout):
     """What computes Eq. 3 on this layout: causal attention within each sequence, ln g_j added to the logit of
     key j, softmax in float32. A function of q (n, heads, head_dim), k and v (n, kv_heads, head_dim), ln_g
     (n,) or None (no gate, or `carried` by q and k), and the layout; it returns (n, heads, head_dim)."""
-    if layout.cache is not None:
-        return layout.cache.attend
     return attend_rows if layout.tables is None else attend_flex
 
 
-def carried(q: Tensor, k: Tensor, ln_g: Tensor) -> tuple[Tensor, Tensor]:
+def carried(q, k, ln_g):
     """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
     that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, and
     not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72 columns
@@ -430,7 +469,7 @@ def attend_flex(q, k, v, ln_g, layout):
     return out[0].transpose(0, 1)
 
 
-def flex_options(width: int) -> dict:
+def flex_options(width):
     """For sm_90: on 4 warps, the default, the forward kernel spills 576 bytes a thread; on 8, divisible,
     none. FlexAttention has no tile for 72 columns, so they get that of 128."""
     tile = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if 64 < width <= 128 else {}
@@ -438,123 +477,92 @@ def flex_options(width: int) -> dict:
 
 
 def attend_rows(q, k, v, ln_g, layout):
+    """The CPU's kernel: a sequence at a time. Logits and softmax are float32; the weights multiply in v's type."""
+    lengths, group = layout.counts.tolist(), q.shape[1] // k.shape[1]
+    ln_g = q.new_zeros(len(q)) if ln_g is None else ln_g
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     with torch.autocast("cpu", enabled=False):
-        return RowBlockAttention.apply(q, k, v, ln_g, layout.counts.tolist(), torch.is_grad_enabled())
+        heads_first = (t.transpose(0, 1).split(lengths, 1) for t in (q.float(), k.float(), v))
+        sequences = zip(*heads_first, ln_g.float().split(lengths))
+        return torch.cat([rows for each in sequences for rows in attend_sequence(*each)], 1).transpose(0, 1)
 
 
-class RowBlockAttention(torch.autograd.Function):
-    """The CPU's kernel: a sequence at a time, in blocks of query rows, over the causal part only.
+CAUSAL = torch.full((QUERY_ROWS, QUERY_ROWS), REMOVED).triu(1)
 
-    Inside, heads come first; query heads that share a key head are stacked as its further rows. Logits and
-    softmax are float32, with their gradients; the weights multiply in the type of q.
-    """
 
-    @staticmethod
-    def blocks(lengths):
-        """(query rows, their keys) of every block, as slices; the blocks of a sequence are about equal."""
-        first = 0
-        for n in filter(None, lengths):
-            count = -(-n // QUERY_ROWS)
-            ends = [first + n * (i + 1) // count for i in range(count)]
-            yield from ((slice(i, end), slice(first, end)) for i, end in zip([first, *ends], ends))
-            first += n
-
-    @staticmethod
-    def forward(ctx, q, k, v, ln_g, lengths, wanted):
-        H, D, out, weights = q.shape[1], q.shape[2], torch.empty_like(q), []
-        qh, kh, vh, oh = (t.transpose(0, 1) for t in (q.float(), k.float(), v, out))
-        causal = torch.full((QUERY_ROWS, QUERY_ROWS), REMOVED).triu(1)
-        for rows, keys in RowBlockAttention.blocks(lengths):
-            n, m = rows.stop - rows.start, keys.stop - keys.start
-            q_rows = qh[:, rows].reshape(len(kh), -1, D)  # (kv_heads, group * n, head_dim)
-            bias, beta = (causal[0, :1], 0) if ln_g is None else (ln_g[keys], 1)
-            p = torch.baddbmm(bias, q_rows, kh[:, keys].mT, beta=beta, alpha=D**-0.5).view(H, n, m)
-            p[..., m - n:] += causal[:n, :n]
-            p = torch.softmax(p, -1, out=p).to(v.dtype)
-            oh[:, rows] = torch.bmm(p.view(len(kh), -1, m), vh[:, keys]).view(H, n, D)
-            weights += [p] if wanted else []
-        if wanted:
-            ctx.save_for_backward(q, k, v, *weights)
-            ctx.lengths, ctx.gated = lengths, ln_g is not None
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out):
-        q, k, v, *weights = ctx.saved_tensors
-        H, D = q.shape[1:]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        qh, kh, vh, d_oh, dqh, dkh, dvh = (t.transpose(0, 1) for t in (q, k, v.float(), d_out, dq, dk, dv))
-        d_ln_g = torch.zeros(len(q)) if ctx.gated else None
-        for (rows, keys), p in zip(RowBlockAttention.blocks(ctx.lengths), weights):
-            p = p.view(len(kh), -1, p.shape[-1])
-            q_rows, do = (t[:, rows].reshape(len(kh), -1, D) for t in (qh, d_oh))
-            dp = torch.bmm(do.float(), vh[:, keys].mT)
-            ds = torch._softmax_backward_data(dp, p.float(), -1, torch.float32)
-            if ctx.gated:
-                d_ln_g[keys] += ds.sum((0, 1))
-            ds = ds.to(q.dtype)
-            dvh[:, keys] += torch.bmm(p.mT, do)
-            dkh[:, keys] += torch.bmm(ds.mT, q_rows)
-            dqh[:, rows] = torch.bmm(ds, kh[:, keys]).view(H, -1, D)
-        return dq.mul_(D**-0.5), dk.mul_(D**-0.5), dv, d_ln_g, None, None
+def attend_sequence(q, k, v, ln_g):
+    """One sequence, each (heads, n, head_dim), in about equal blocks of query rows, over the causal part only."""
+    end = 0
+    for rows in q.tensor_split(-(-q.shape[1] // QUERY_ROWS) or 1, 1):
+        n = rows.shape[1]
+        end += n
+        logits = torch.baddbmm(ln_g[:end], rows, k[:, :end].mT, alpha=q.shape[2]**-0.5)
+        logits[..., -n:] += CAUSAL[:n, :n]
+        yield torch.bmm(logits.softmax(-1).to(v.dtype), v[:, :end])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Block (Section 2.3): sandwich norm, y = x + g Norm(Module(Norm(x))).
 
-class Attention(nn.Module):
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        self.wq = nn.Linear(cfg.dim, cfg.dim, bias=False)
-        self.wk = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.dim, cfg.n_kv_heads * cfg.head_dim, bias=False)
-        self.wo = nn.Linear(cfg.dim, cfg.dim, bias=False)
+linear = partial(nn.Linear, bias=False)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.head_dim, kv_dim = cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+        self.wq = linear(cfg.dim, cfg.dim)
+        self.wk = linear(cfg.dim, kv_dim)
+        self.wv = linear(cfg.dim, kv_dim)
+        self.wo = linear(cfg.dim, cfg.dim)
+
+    def project(self, x, cos, sin):
         """Queries, keys and values of x (n, dim): (n, heads, head_dim), and (n, kv_heads, head_dim) twice."""
-        q = rotate(self.wq(x).view(-1, self.heads, self.head_dim), cos, sin)
-        k = rotate(self.wk(x).view(-1, self.kv_heads, self.head_dim), cos, sin)
-        return q, k, self.wv(x).view(-1, self.kv_heads, self.head_dim)
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class FeedForward(nn.Module):
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
-        self.w1 = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
-        self.w2 = nn.Linear(cfg.hidden_dim, cfg.dim, bias=False)
-        self.w3 = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
+        self.w1 = linear(cfg.dim, cfg.hidden_dim)
+        self.w2 = linear(cfg.hidden_dim, cfg.dim)
+        self.w3 = linear(cfg.dim, cfg.hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
-        post = cfg.norm == "sandwich"
+        norm = partial(RMSNorm, cfg.dim, cfg.norm_eps)
+        after = norm if cfg.norm == "sandwich" else nn.Identity
         self.gate_keys = cfg.gate_attention == "keys"
-        self.pre_attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.pre_attention_norm = norm()
         self.attention = Attention(cfg)
-        self.post_attention_norm = RMSNorm(cfg.dim, cfg.norm_eps) if post else nn.Identity()
-        self.pre_feed_forward_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.post_attention_norm = after()
+        self.pre_feed_forward_norm = norm()
         self.feed_forward = FeedForward(cfg)
-        self.post_feed_forward_norm = RMSNorm(cfg.dim, cfg.norm_eps) if post else nn.Identity()
+        self.post_feed_forward_norm = after()
 
-    def before(self, h: Tensor, g: Tensor | None, cos: Tensor, sin: Tensor, carry: bool):
+    def before(self, h, g, cos, sin, carry):
         """What attention takes: q, k, v and ln g (or q and k that carry it) of h (n, d) and g (n,) or None
         (dense)."""
-        ln_g = log_gate(g) if g is not None and self.gate_keys else None
         q, k, v = self.attention.project(self.pre_attention_norm(h), cos, sin)
-        return (*carried(q, k, ln_g), v, None) if carry and ln_g is not None else (q, k, v, ln_g)
+        if g is None or not self.gate_keys:
+            return q, k, v, None
+        if carry:
+            return *carried(q, k, log_gate(g)), v, None
+        return q, k, v, log_gate(g)
 
-    def after(self, h: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
+    def after(self, h, g, y):
         """The block's output (n, d), from its input and what attention gave, y (n, heads, head_dim)."""
         a = gated_add(h, g, self.post_attention_norm(self.attention.wo(y.flatten(1))))
         return gated_add(a, g, self.post_feed_forward_norm(self.feed_forward(self.pre_feed_forward_norm(a))))
 
 
-def gated_add(x: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
+def gated_add(x, g, y):
     return x + y if g is None else torch.addcmul(x, g[:, None], y.float())
 
 
@@ -563,34 +571,27 @@ def gated_add(x: Tensor, g: Tensor | None, y: Tensor) -> Tensor:
 # the second half mirrors the first: active tokens are nested sets, and the forward pass is a recursion.
 
 class Router(nn.Module):
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         self.linear = nn.Linear(dim, 1)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h):
         """Soft mask s = ReLU(w . h + b) of Eq. 1: (n, d) to (n,), float32."""
         with torch.autocast(h.device.type, enabled=False):
             return F.relu(F.linear(h.float(), self.linear.weight, self.linear.bias)).squeeze(-1)
 
 
-def accumulate(router: Router, h: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def accumulate(router, h, S):
     """Eq. 1 and 2: S with the soft mask of h (n, d) added, and the gates g = 1 - clamp(S, 0, 1), (n,) each; a
     ReLU, since its gradient at S = 1 is 0, and clamp's is not."""
     S = S + router(h)
     return S, F.relu(1 - S)
 
 
-def gate_sums(g: Tensor | None, layout: Layout) -> Tensor:
-    """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
-    n = layout.counts
-    each = (n, n, n) if g is None else (g, g.square(), g > 0)
-    return torch.stack([*(x.sum().double() for x in each), (n * (n + 1)).sum().double() / 2])
-
-
-def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
+def coin(tokens, pos, seed):
     """A number in [0, 1) a token (n,), hashed from its id, position and the seed: the same in training and
     decoding and on any number of ranks."""
-    x = (tokens << 32) + (pos << 12) + seed + 1
+    x = (seed + 1) * 0x2545F4914F6CDD1D % 2**63 ^ (tokens << 32) ^ pos
     for multiplier in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         x = x * (multiplier - 2**64)  # as int64, that wraps
         x = x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -600,103 +601,106 @@ def coin(tokens: Tensor, pos: Tensor, seed: int) -> Tensor:
 class MiddleSkippingTransformer(nn.Module):
     """Decoder whose tokens skip blocks [l, L - l) once their accumulated soft mask S reaches 1."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.input_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.input_norm = nn.Identity() if cfg.norm == "llama" else RMSNorm(cfg.dim, cfg.norm_eps)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.masks = nn.ModuleList(Router(cfg.dim) for _ in range(cfg.n_routers))
         self.output_norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
-        for name, table in zip(("cos", "sin"), rope_table(cfg)):
-            self.register_buffer(name, table, persistent=False)
-        self.lower = eager
+        self.output = linear(cfg.dim, cfg.vocab_size)
+        cos, sin = rope_table(cfg)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.lower = eager  # or `compiled`
+        self.caches = None  # of each layer, keys and values of earlier tokens: while decoding
 
-    def forward(self, inputs: Tensor, targets: Tensor, depth: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and the gate statistics of `span`
-        (L/2, 4). To depth (B, T), where it is given, the number of blocks that each token ran is added."""
+    def forward(self, inputs, targets, watch=None):
+        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and every level's `gate_sums`, (L/2, 4).
+        watch(inputs, levels) sees what `span` leaves."""
         B, T = inputs.shape
         each = torch.arange(B * T, device=inputs.device)
-        depth = None if depth is None else depth.view(-1)
-        h, stats = self.hidden(inputs.flatten(), each // T, each % T, B, depth)
-        autocast = torch.is_autocast_enabled(h.device.type)
-        dtype = torch.get_autocast_dtype(h.device.type) if autocast else h.dtype
+        h, levels = self.hidden(inputs.flatten(), each // T, each % T, B)
+        if watch:
+            watch(inputs, levels)
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
                             torch.is_grad_enabled())
-        return ce, stats
+        return ce, torch.stack([self.lower(gate_sums)(g, layout) for g, layout in levels])
 
-    def hidden(self, tokens: Tensor, seq: Tensor, pos: Tensor, n_seqs: int, depth=None, cache=None):
-        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and
-        the statistics of `span` (L/2, 4; None with a cache)."""
-        n, stats, flex = len(tokens), [] if cache is None else None, uses_flex(tokens.device)
+    def hidden(self, tokens, seq, pos, n_seqs):
+        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and what
+        `span` leaves."""
+        n, flex = len(tokens), uses_flex(tokens.device)
         rows, here = padded_rows(n, flex), torch.arange(n, device=tokens.device)
-        layout = self.lower(make_layout)(seq, pos, here, n_seqs, (self.cos, self.sin), rows, flex)
-        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
+        angle = padded(pos, rows, 0)
+        layout = self.lower(make_layout)(seq, here, self.cos[angle], self.sin[angle], n_seqs, flex)
+        h = self.lower(normed)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
         random = self.cfg.control == "random"
         S = coin(tokens, pos, self.cfg.seed) if random else torch.zeros(n, device=tokens.device)
-        h = self.span(h, padded(S, rows, 1.0), layout, 0, depth, stats, cache)  # (padding skips: S = 1)
-        h = self.lower(RMSNorm.forward)(self.output_norm, h[:n])
-        return h, None if stats is None else torch.stack(stats)
+        h, levels = self.span(h, padded(S, rows, 1.0), layout, 0)  # (padding skips: S = 1)
+        return self.lower(normed)(self.output_norm, h[:n]), levels
 
-    def span(self, h, S, layout, l, depth, stats, cache):
-        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged. To stats,
-        unless it is None, the level's `gate_sums` are appended."""
+    def span(self, h, S, layout, l):
+        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged. Returns h, and
+        of each level that ran the gates (None: dense) and the layout of the tokens that it saw."""
         if l == self.cfg.n_levels:
-            return h
-        S, g = self.gates(h, S, l, cache)
+            return h, []
+        S, g = self.gates(h, S, l, layout)
         # a level's one wait for the host:
         keep = None if g is None or self.cfg.compute == "masked" else g.nonzero()[:, 0]
         if keep is None or len(keep) == len(layout.seq):
             x, keep = h, None
-        elif len(keep) == 0 and cache is not None:
-            return h  # (in training blocks run on nothing: each needs a gradient)
+        elif len(keep) == 0 and self.caches:
+            return h, []  # (in training blocks run on nothing: each needs a gradient)
         else:
             flex = layout.tables is not None
             rows = padded_rows(len(keep) + flex, flex)  # with and without padding would be two graphs
-            x, S, g, layout = self.lowered(keep, cache)(gather)(h, S, g, layout, keep, (self.cos, self.sin),
-                                                                rows)
-        x = self.block(l, x, g, layout, cache)
-        if stats is not None:
-            stats.append(self.lowered(x, cache)(gate_sums)(g, layout))
-        mirror = self.cfg.n_layers - 1 - l  # (the block itself in the middle of an odd dense model)
-        if depth is not None:
-            depth[layout.row] += (1 + (mirror > l)) * (1 if g is None else g[:len(layout.row)] > 0)
-        if mirror > l:
-            x = self.span(x, S, layout, l + 1, depth, stats, cache)
-            x = self.block(mirror, x, g, layout, cache)
-        return x if keep is None else self.lowered(keep, cache)(put_back)(h, keep, x)
+            x, S, g, layout = self.lower(gather)(h, S, g, layout, keep, rows)
+        levels = [(g, layout)]
+        x = self.block(l, x, g, layout)
+        mirror = self.cfg.n_layers - 1 - l
+        if mirror > l:  # (not in the middle of an odd dense model)
+            x, deeper = self.span(x, S, layout, l + 1)
+            x = self.block(mirror, x, g, layout)
+            levels += deeper
+        return x if keep is None else self.lower(put_back)(h, keep, x), levels
 
-    def gates(self, h: Tensor, S: Tensor, l: int, cache) -> tuple[Tensor, Tensor | None]:
+    def gates(self, h, S, l, layout):
         """S and the gates of level l by Eq. 1 and 2; dense, None; with --control random, where S is a coin in
         [0, 1), 1 as often as the level's target asks, and as nested."""
         if self.cfg.control == "dense":
             return S, None
-        if self.masks:
-            return self.lowered(h, cache)(accumulate)(self.masks[l], h, S)
-        return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
+        if self.cfg.control == "random":
+            return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
+        return self.lower(accumulate)(self.masks[l], h, S)
 
-    def block(self, l, h, g, layout, cache):
-        block, lower = self.layers[l], self.lowered(h, cache)
-        layout = layout if cache is None else layout._replace(cache=cache[l])
-        carry = layout.tables is not None and cache is None
-        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin, carry)
-        return lower(Block.after)(block, h, g, attention_kernel(layout)(q, k, v, ln_g, layout))
-
-    def lowered(self, rows: Tensor, cache):
-        """0 and 1 rows would be graphs of their own: rare in training; in decoding 1 row is what there is."""
-        return eager if cache is None and len(rows) < 2 else self.lower
+    def block(self, l, h, g, layout):
+        block = self.layers[l]
+        attend = self.caches[l].attend if self.caches else attention_kernel(layout)
+        carry = layout.tables is not None and not self.caches
+        q, k, v, ln_g = self.lower(Block.before)(block, h, g, layout.cos, layout.sin, carry)
+        return self.lower(Block.after)(block, h, g, attend(q, k, v, ln_g, layout))
 
 
-def initialise(model: nn.Module, cfg: Config):
+def gate_sums(g, layout):
+    """Of one level: sum of g, sum of g^2, active tokens, causal pairs among them; (4,) float64."""
+    n = layout.counts
+    each = (n, n, n) if g is None else (g, g.square(), g > 0)
+    return torch.stack([*(x.sum().double() for x in each), (n * (n + 1)).sum().double() / 2])
+
+
+def initialise(model, cfg):
     """Normal(0, initializer_range) for every weight, zero for router biases, one for norms."""
     generator = torch.Generator().manual_seed(cfg.seed)
     for name, p in model.named_parameters():
-        if re.search(r"norm\.weight$", name):
+        if name.endswith("norm.weight"):
             nn.init.ones_(p)
-        elif re.fullmatch(r"masks\.\d+\.linear\.bias", name):
+        elif name.endswith("linear.bias"):
             nn.init.zeros_(p)
-        elif re.search(r"(tok_embeddings|output|w[qkvo123]|masks\.\d+\.linear)\.weight$", name):
+        elif p.ndim == 2:
             nn.init.normal_(p, 0.0, cfg.initializer_range, generator=generator)
         else:
             raise RuntimeError(f"no initialisation is known for parameter {name}")
@@ -708,11 +712,11 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, dtype, chunk_loss, wanted):
-        cuda, (n, d), V = h.device.type == "cuda", h.shape, len(weight)
+        cuda, n, V = h.device.type == "cuda", len(h), len(weight)
         w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128 if cuda else 0))  # a width that suits the tensor cores
-        rows = max(1, 2**(27 if cuda else 25) // len(w))
-        total, dh = torch.zeros((), device=h.device), torch.empty_like(h) if wanted else None
-        dw = torch.zeros(len(w), d, device=h.device) if wanted else None
+        rows, total = 2**(27 if cuda else 25) // len(w), h.new_zeros(())
+        if wanted:
+            dh, dw = torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)
         with torch.autocast(h.device.type, enabled=False):
             for i in range(0, n, rows):
                 x = h[i:i + rows].to(dtype)
@@ -731,7 +735,7 @@ class HeadLoss(torch.autograd.Function):
         return dh * grad, dw * grad, None, None, None, None
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def add_product(total, a, b):
     """total + a @ b, summed in total's float32 whatever a and b are; total is spent."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
@@ -740,7 +744,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.add_(a @ b)
 
 
-def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tuple[Tensor, Tensor]:
+def chunk_loss(logits, targets, vocab_size, n):
     """Share of the mean loss over n rows, of logits (rows, V or more) and targets (rows,); and its gradient
     by the logits. Columns beyond the vocabulary are padding, outside the softmax."""
     column, targets = torch.arange(logits.shape[1], device=logits.device), targets[:, None]
@@ -757,131 +761,137 @@ def chunk_loss(logits: Tensor, targets: Tensor, vocab_size: int, n: int) -> tupl
 # ----------------------------------------------------------------------------------------------------------
 # Gate statistics and control (Section 2.4, Eq. 4-6, Table 1) of levels l < L/2; block L-1-l mirrors block l.
 
-def moments(stats: Tensor, n: int) -> Tensor:
-    """Mean and population variance (Eq. 4) of the gates of n tokens: (2, L/2), from the sums of `span`."""
-    mean = stats[:, 0] / n
-    return torch.stack((mean, stats[:, 1] / n - mean.square()))
+def moments(stats, n):
+    """Mean and population variance (Eq. 4) of the gates of n tokens: (2, L/2), from the sums of `gate_sums`."""
+    m = stats[:, 0] / n
+    return torch.stack((m, stats[:, 1] / n - m.square()))
 
 
-def mirrored(x: Tensor, cfg: Config) -> list[float]:
+def mirrored(x, cfg):
     """Values of the levels to those of all L layers."""
     x = x.tolist()
     return x + x[:cfg.n_layers // 2][::-1]
 
 
-def gate_report(cfg: Config, stats: Tensor, n: int) -> dict:
+def gate_report(cfg, stats, n):
     """What the records say of the gates: mean, variance, and share that is exactly 0, each of L layers."""
-    mean, var = moments(stats, n)
-    return {"gate_mean": mirrored(mean, cfg), "gate_var": mirrored(var, cfg),
+    m, var = moments(stats, n)
+    return {"gate_mean": mirrored(m, cfg), "gate_var": mirrored(var, cfg),
             "gate_zero": mirrored(1 - stats[:, 2] / n, cfg)}
 
 
-def mean_targets(cfg: Config) -> list[float]:
+def mean_targets(cfg):
     """mu_l of the first L/2 levels: linearly spaced."""
     return torch.linspace(cfg.mean_target_start, cfg.mean_target_end, cfg.n_levels,
                           dtype=torch.float64).tolist()
 
 
-class GateControl:
+class GateControl(nn.Module):
     """Coefficients alpha (of the mean) and beta (of the variance) of every level, and what moves them.
 
     Row 0 of each (2, L/2) tensor belongs to the mean, row 1 to the variance: every rule treats them alike.
     """
 
-    def __init__(self, cfg: Config, device):
-        mu = torch.tensor(mean_targets(cfg), dtype=torch.float64)
-        self.rule, self.gamma, self.delta = cfg.control, cfg.coef_update, cfg.tolerance
-        self.target = torch.stack((mu, mu * (1 - mu))).to(device)  # a Bernoulli variable's
-        init = torch.tensor([[cfg.mean_coef_init], [cfg.var_coef_init]], dtype=torch.float64, device=device)
-        self.coef = init.expand_as(self.target).clone()
-        self.average = None  # exponential moving average of the deviation, over 10 steps
+    def __init__(self, cfg, device):
+        super().__init__()
+        self.cfg = cfg
+        mu = torch.tensor(mean_targets(cfg), dtype=torch.float64, device=device)
+        self.target = torch.stack((mu, mu * (1 - mu)))  # a Bernoulli variable's
+        init = given(cfg.mean_coef_init, cfg.rule.alpha), given(cfg.var_coef_init, cfg.rule.beta)
+        self.register_buffer("coef", mu.new_tensor(init)[:, None].repeat(1, len(mu)))
+        # exponential moving average of the deviation, over 10 steps
+        self.register_buffer("average", torch.full_like(self.coef, math.nan))
 
-    def loss(self, observed: Tensor) -> Tensor:
+    def loss(self, observed):
         """Eq. 5: mean over layers of alpha mean + beta variance; observed: `moments` of a micro-batch."""
-        if self.rule == "sparsity_variance_l2":
+        if self.cfg.control == "sparsity_variance_l2":
             observed = (observed - self.target).square()
         return (self.coef * observed).sum() / self.coef.shape[1]
 
     @torch.no_grad()
-    def update(self, observed: Tensor):
+    def update(self, observed):
         """Eq. 6 and Table 1; observed is `moments` of all tokens of a step."""
         deviation = observed - self.target
-        self.average = deviation if self.average is None else 0.9 * self.average + 0.1 * deviation
-        move = deviation.sign() if self.rule == "adaptive" else deviation
-        moves = deviation.abs() > self.delta
-        if self.rule == "proportional_derivative":  # while the deviation grows; its 1-step average is itself
+        average = 0.9 * self.average + 0.1 * deviation
+        self.average = torch.where(average.isnan(), deviation, average)
+        move = deviation.sign() if self.cfg.control == "adaptive" else deviation
+        moves = deviation.abs() > self.cfg.tolerance
+        if self.cfg.control == "proportional_derivative":  # while it grows; its 1-step average is itself
             moves &= deviation * (deviation - self.average) > 0
-        self.coef += self.gamma * move * moves
-
-    def state_dict(self):
-        return {"coef": self.coef, "average": self.average}
-
-    def load_state_dict(self, state):
-        self.coef, average = state["coef"].to(self.coef), state["average"]
-        self.average = average if average is None else average.to(self.coef)
+        self.coef += given(self.cfg.coef_update, self.cfg.rule.gamma) * move * moves
 
 
 # ----------------------------------------------------------------------------------------------------------
 # FLOPs (of a forward pass; a training step is three).
 
-def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> float:
-    """Matrix-product FLOPs that a forward pass over n tokens ran, from the sums of `span` (L/2, 4); the head
-    ran on `heads` of them (default: all)."""
+def realised_flops(cfg, stats, n):
+    """Matrix-product FLOPs that a forward pass over n tokens ran, from its `statistics` (L/2, 4)."""
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
-    rows = torch.full((cfg.n_levels,), float(n)) if cfg.compute == "masked" else stats[:, 2]
+    rows = torch.full_like(stats[:, 2], n) if cfg.compute == "masked" else stats[:, 2]
     weights = cfg.dim * (2 * cfg.dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.hidden_dim)  # of a block
-    times = torch.tensor([2.0] * (cfg.n_layers // 2) + [1.0] * (cfg.n_layers % 2))  # level l and its mirror
-    blocks = (times * (2 * rows * weights + 4 * cfg.dim * stats[:, 3])).sum()
-    routers = 2 * cfg.dim * (n + rows[:-1].sum()) if cfg.n_routers else 0.0
-    return float(blocks + routers + 2 * (n if heads is None else heads) * cfg.dim * cfg.vocab_size)
+    blocks = 2 * weights * sum(mirrored(rows, cfg)) + 4 * cfg.dim * sum(mirrored(stats[:, 3], cfg))
+    routers = 2 * cfg.dim * (n + rows[:-1].sum().item()) if cfg.n_routers else 0.0
+    return blocks + routers + 2 * n * cfg.dim * cfg.vocab_size
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Data. A shard: 256 little-endian int32 (magic, version, number of tokens, 0 ...), then that many uint16.
+# Data. A shard: 256 little-endian int32 (magic, version, number of tokens, 0 ...), then that many uint16, or
+# uint32 where the vocabulary needs them.
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-SHARD_HINT = "make shards with data/tokenize_text.py or fetch them with data/fineweb.py"
+HEADER_BYTES = 1024
+FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): llm.c's
+SHARD_HINT = "./run.sh tokenize makes shards, ./run.sh fineweb fetches them"
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped (uint16). Raises UserError if it is not exactly a shard."""
+def open_shard(path):
+    """The tokens of a shard, memory-mapped. Raises UserError if it is not exactly a shard."""
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", 256)
-    except OSError as e:
-        raise UserError(f"shard {path} cannot be read: {e.strerror}; {SHARD_HINT}")
-    if len(header) < 256:
-        raise UserError(f"shard {path} is too short for a header ({size} bytes); {SHARD_HINT}")
-    if header[0] != MAGIC:
-        other = " (it is big-endian)" if header.byteswap()[0] == MAGIC else ""
-        raise UserError(f"shard {path} begins with {header[0]}, not {MAGIC}{other}; {SHARD_HINT}")
-    if header[1] != VERSION:
-        raise UserError(f"shard {path} has version {header[1]}, not {VERSION}; {SHARD_HINT}")
-    if header[2] < 1 or size != HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"shard {path} says {header[2]} tokens but holds {(size - HEADER_BYTES) / 2:g}; "
-                        "it is damaged or incomplete: make or fetch it again")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES)
+        magic, version, count = np.fromfile(path, "<i4", 256)[[0, 1, 2]].tolist()
+        if (magic, version) not in FORMATS:
+            raise ValueError(f"it begins with {magic} and {version}, not with one of {[*FORMATS]}")
+        tokens = np.memmap(path, FORMATS[magic, version], "r", HEADER_BYTES)
+        if len(tokens) != count:
+            raise ValueError(f"its header says {count} tokens, it holds {len(tokens)}")
+        return tokens
+    except (OSError, ValueError, IndexError) as e:
+        raise UserError(f"{path} is not a whole shard ({e}); make or fetch it again: {SHARD_HINT}")
 
 
 class Shards:
     """The shards of --train_files or --val_files in sorted order, cut to the first --train_tokens or
     --val_tokens. Relative globs may also start at the script's folder."""
 
-    def __init__(self, cfg: Config, split: str):
-        pattern, limit = getattr(cfg, f"{split}_files"), getattr(cfg, f"{split}_tokens")
+    def __init__(self, cfg, split):
+        pattern = getattr(cfg, f"{split}_files")
+        limit = given(getattr(cfg, f"{split}_tokens"), math.inf)
         paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
         if not paths:
-            raise UserError(f"--{split}_files {pattern} matches no file; {SHARD_HINT}")
-        self.paths, self.tokens, self.vocab_size, self.encoding = [], [], cfg.vocab_size, cfg.encoding
+            raise UserError(f"--{split}_files {pattern} matches no file: {SHARD_HINT}")
+        self.paths, self.tokens, self.described, self.vocab_size = [], [], [], cfg.vocab_size
         for path in paths:
-            tokens = open_shard(path)
-            if limit is not None:
-                tokens, limit = tokens[:limit], limit - min(limit, len(tokens))
+            whole = open_shard(path)
+            tokens = whole[:min(limit, len(whole))]
+            limit -= len(tokens)
             if len(tokens):
                 self.paths.append(path)
                 self.tokens.append(tokens)
+                self.described.append({"name": path.name, "bytes": path.stat().st_size, "tokens": len(whole)})
+        self.encoding = self.find_encoding(cfg.encoding)
 
-    def window(self, shard: int, start: int, n: int) -> Tensor:
+    def find_encoding(self, wanted):
+        """What the dataset.json beside the shards says, which must not contradict the flag."""
+        path = self.paths[0].parent / "dataset.json"
+        said = read_json(path).get("encoding", wanted) if path.exists() else wanted
+        if wanted and said != wanted:
+            raise UserError(f"{path} says that its tokens are {said}, not {wanted}: take other shards, or "
+                            "another --encoding")
+        return said
+
+    def starts(self, shard, T):
+        """Of every sequence of T (+1) tokens at stride T."""
+        return np.arange((len(self.tokens[shard]) - 1) // T) * T
+
+    def window(self, shard, start, n):
         """n tokens of a shard, int64; UserError where one lies beyond the vocabulary."""
         tokens = self.tokens[shard][start:start + n]
         if tokens.max() >= self.vocab_size:
@@ -890,97 +900,75 @@ class Shards:
                             f"--vocab_size {self.vocab_size}; it was made with another tokeniser")
         return torch.from_numpy(tokens.astype(np.int64))
 
-    def describe(self) -> list[dict]:
-        return [{"name": p.name, "bytes": p.stat().st_size, "tokens": int(np.fromfile(p, "<i4", 3)[2])}
-                for p in self.paths]
-
-    def dataset(self) -> dict:
-        """The dataset.json that lies beside the shards, or {}; UserError where it speaks of other shards or
-        another tokeniser."""
-        path = self.paths[0].parent / "dataset.json"
-        dataset = read_json(path) if path.exists() else {}
-        if self.encoding and dataset.get("encoding", self.encoding) != self.encoding:
-            raise UserError(f"{path} says that its tokens are {dataset['encoding']}, not {self.encoding}: "
-                            "take other shards, or another --encoding")
-        said = dataset["shards"] if isinstance(dataset.get("shards"), dict) else {}
-        for shard in self.describe():
-            entry = said.get(shard["name"], shard)
-            count = entry.get("tokens") if isinstance(entry, dict) else entry
-            if count != shard["tokens"]:
-                raise UserError(f"{path} says {count} tokens of {shard['name']}, "
-                                f"which has {shard['tokens']}: one of the two is from another dataset; make "
-                                "or fetch both again")
-        return dataset
+    def batch(self, places, T, rt):
+        """(inputs, targets) of the sequences that begin at these (shard, start), each (B, T)."""
+        windows = torch.stack([self.window(*place, T + 1) for place in places])
+        if rt.cuda:
+            windows = windows.pin_memory().to(rt.device, non_blocking=True)
+        return windows[:, :-1], windows[:, 1:]
 
 
 class TrainLoader:
     """A step takes batch_size sequences of T (+1) tokens, as they lie in a shard or (`shuffle`) in the order
     of a permutation; micro-batch a of rank r of R gets the (a R + r)-th device_batch_size of them.
 
-    A tail too short for a step is dropped; after the last shard comes the first. `place`, the (shard,
-    position, pass) of the next step, is all that a checkpoint needs. (Nothing is read ahead: a micro-batch of
-    Table 2 takes half a millisecond from the page cache, and, but for a step's first, a GPU is still busy.)
+    A tail too short for a step is dropped; after the last shard comes the first. `place`, the number of the next
+    step, is all that a checkpoint needs. (Nothing is read ahead: a micro-batch of Table 2 takes half a millisecond
+    from the page cache, and, but for a step's first, a GPU is still busy.)
     """
 
-    def __init__(self, shards: Shards, cfg: Config, rt: Runtime):
-        self.shards, self.cfg, self.rt, self.block = shards, cfg, rt, cfg.step_tokens
-        self.accumulation = cfg.batch_size // (cfg.device_batch_size * rt.world)
-        self.steps_per_pass = sum((len(t) - 1) // self.block for t in shards.tokens)
-        if not self.steps_per_pass:
-            raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {self.block + 1} "
+    def __init__(self, shards, cfg, rt):
+        self.shards, self.cfg, self.rt, self.place = shards, cfg, rt, 0
+        self.accumulation, rest = divmod(cfg.batch_size, cfg.device_batch_size * rt.world)
+        if rest:
+            raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
+                            f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
+        self.steps = [(shard, i * cfg.batch_size) for shard, tokens in enumerate(shards.tokens)
+                      for i in range((len(tokens) - 1) // cfg.step_tokens)]  # of a pass: shard, first sequence
+        if not self.steps:
+            raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {cfg.step_tokens + 1} "
                             "tokens; use a smaller --batch_size or longer shards")
-        self.order, self.place = functools.lru_cache(1)(self.permutation), self.fit(0, 0)
+        self.order = lru_cache(1)(self.permutation)
 
-    def permutation(self, shard: int, turn: int) -> np.ndarray:
+    def permutation(self, shard, turn):
         """Where a shard's sequences start, in the order of a pass."""
-        T, shuffle = self.cfg.max_seq_len, np.random.default_rng((self.cfg.seed, turn, shard)).permutation
-        starts = np.arange((len(self.shards.tokens[shard]) - 1) // T) * T
-        return shuffle(starts) if self.cfg.shuffle else starts
+        starts = self.shards.starts(shard, self.cfg.max_seq_len)
+        if not self.cfg.shuffle:
+            return starts
+        return np.random.default_rng((self.cfg.seed, turn, shard)).permutation(starts)
 
-    def fit(self, shard: int, position: int, turn: int = 0) -> tuple[int, int, int]:
-        """The first place from here on that holds a whole step."""
-        while position + self.block + 1 > len(self.shards.tokens[shard]):
-            shard, position = shard + 1, 0
-            if shard == len(self.shards.tokens):
-                shard, turn = 0, turn + 1
-        return shard, position, turn
-
-    def read(self, a: int) -> tuple[Tensor, Tensor]:
+    def read(self, a):
         """(inputs, targets) of this rank's micro-batch a of the next step, each (device_batch_size, T)."""
-        B, T, (shard, position, turn) = self.cfg.device_batch_size, self.cfg.max_seq_len, self.place
-        first = position // T + (a * self.rt.world + self.rt.rank) * B
+        B, T = self.cfg.device_batch_size, self.cfg.max_seq_len
+        turn, i = divmod(self.place, len(self.steps))
+        shard, first = self.steps[i]
+        first += (a * self.rt.world + self.rt.rank) * B
         starts = self.order(shard, turn)[first:first + B]
-        batch = torch.stack([self.shards.window(shard, start, T + 1) for start in starts])  # (B, T + 1)
-        batch = batch.pin_memory() if self.rt.device.type == "cuda" else batch
-        batch = batch.to(self.rt.device, non_blocking=True)
-        return batch[:, :-1], batch[:, 1:]
-
-    def micro_batches(self):
-        """All that this rank has to `read` for the next step."""
-        yield from map(self.read, range(self.accumulation))
-        shard, position, turn = self.place
-        self.place = self.fit(shard, position + self.block, turn)
+        return self.shards.batch([(shard, start) for start in starts], T, self.rt)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizer and schedule.
 
-def make_optimizers(model: nn.Module, cfg: Config) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model, cfg):
     """By their name in a checkpoint: AdamW, with one rate for the groups default, norms and routers; and with
     --optimizer muon, Muon for the blocks' matrices, its updates scaled to the size of AdamW's, so that the
     same lr suits. The groups partition the parameters."""
     groups = {"default": [], "norms": [], "routers": [], "matrices": []}
     for name, p in model.named_parameters():
-        matrix = cfg.optimizer == "muon" and name.startswith("layers.") and p.ndim == 2
-        groups["matrices" if matrix else "norms" if "norm" in name else
-               "routers" if name.startswith("masks.") else "default"].append(p)
-    matrices, common = groups.pop("matrices"), dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
-    adamw = torch.optim.AdamW([{"params": p, "name": name} for name, p in groups.items() if p],
-                              betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, **common)
-    if not matrices:
+        if "norm" in name:
+            kind = "norms"
+        elif name.startswith("masks."):
+            kind = "routers"
+        else:
+            kind = "matrices" if cfg.optimizer == "muon" and name.startswith("layers.") else "default"
+        groups[kind].append(p)
+    *rest, matrices = ({"params": params, "name": name} for name, params in groups.items())
+    common = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    adamw = torch.optim.AdamW(rest, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, **common)
+    if cfg.optimizer == "adamw":
         return {"optimizer": adamw}
-    muon = Muon([{"params": matrices, "name": "matrices"}], **common)
-    return {"optimizer": adamw, "muon": muon}
+    return {"optimizer": adamw, "muon": Muon([matrices], **common)}
 
 
 class Muon(torch.optim.Muon):
@@ -1004,18 +992,19 @@ class Muon(torch.optim.Muon):
                 torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-def orthogonal(G: Tensor) -> Tensor:
+def orthogonal(G):
     """G (n, rows, columns) with its singular values brought near 1, the smallest least, by Muon's five
     quintic Newton-Schulz iterations (Jordan et al., 2024)."""
-    X = G.mT if G.shape[1] > G.shape[2] else G
+    tall = G.shape[1] > G.shape[2]
+    X = G.mT if tall else G
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.775, alpha=2.0315), X, beta=3.4445)
-    return X.mT if G.shape[1] > G.shape[2] else X
+    return X.mT if tall else X
 
 
-def learning_rate(step: int, cfg: Config) -> float:
+def learning_rate(step, cfg):
     """Linear warm-up from start_factor lr over the first W steps, then a cosine to 0 (Section 3.1); or, with
     a cooldown, lr until the last C steps, over which it falls linearly to 0."""
     W, C = (int(f * cfg.num_steps) for f in (cfg.warmup_fraction, cfg.cooldown_fraction))
@@ -1029,10 +1018,10 @@ def learning_rate(step: int, cfg: Config) -> float:
 # ----------------------------------------------------------------------------------------------------------
 # Validation: every full sequence of T (+1) tokens at stride T of every shard.
 
-def sequences(shards: Shards, cfg: Config) -> list[tuple[int, int]]:
+def sequences(shards, cfg):
     """(shard, start) of every validation sequence."""
     T = cfg.max_seq_len
-    places = [(s, i * T) for s, t in enumerate(shards.tokens) for i in range((len(t) - 1) // T)]
+    places = [(shard, start) for shard in range(len(shards.paths)) for start in shards.starts(shard, T)]
     if not places:
         raise UserError(f"--val_files {cfg.val_files}: no shard holds a sequence of {T + 1} tokens; "
                         "use a smaller --max_seq_len, more --val_tokens or longer shards")
@@ -1040,55 +1029,45 @@ def sequences(shards: Shards, cfg: Config) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def evaluate(model: MiddleSkippingTransformer, cfg: Config, rt: Runtime, shards: Shards, watch=None) -> dict:
+def evaluate(model, cfg, rt, shards, watch=None):
     """Token-weighted validation: cross-entropy (nats a token), gates and realised FLOPs, over all ranks.
-    watch(inputs, depth), each (B, T), is called on every batch of this rank."""
-    start, T, B = time.perf_counter(), cfg.max_seq_len, cfg.device_batch_size
+    watch(inputs (B, T), what `span` leaves) is called on every batch of this rank."""
+    start, B = time.perf_counter(), cfg.device_batch_size
     places = sequences(shards, cfg)
-    totals = torch.zeros(cfg.n_levels * 4 + 1, dtype=torch.float64, device=rt.device)
+    loss = torch.zeros((), dtype=torch.float64, device=rt.device)
+    stats = loss.new_zeros(cfg.n_levels, 4)
     for first in range(rt.rank * B, len(places), rt.world * B):
-        windows = torch.stack([shards.window(s, i, T + 1) for s, i in places[first:first + B]]).to(rt.device)
+        inputs, targets = shards.batch(places[first:first + B], cfg.max_seq_len, rt)
         with rt.autocast():
-            depth = torch.zeros_like(windows[:, :-1]) if watch else None
-            ce, stats = model(windows[:, :-1], windows[:, 1:], depth)
-        totals += torch.cat(((ce.double() * len(windows) * T)[None], stats.flatten()))
-        if watch:
-            watch(windows[:, :-1], depth)
-    rt.sum(totals)
-    tokens, stats = len(places) * T, totals[1:].view(-1, 4).cpu()
-    return {"cross_entropy": totals[0].item() / tokens, **gate_report(cfg, stats, tokens), "tokens": tokens,
+            ce, sums = model(inputs, targets, watch)
+        loss += ce.double() * inputs.numel()
+        stats += sums
+    rt.sum(loss, stats)
+    tokens = len(places) * cfg.max_seq_len
+    return {"cross_entropy": loss.item() / tokens, **gate_report(cfg, stats, tokens), "tokens": tokens,
             "val_s": time.perf_counter() - start,
-            "flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
+            "realised_flops_per_token": realised_flops(cfg, stats, tokens) / tokens}
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Records: one folder a run, which a person, a plot or another program can read.
-
-@functools.cache
-def show():
-    """records/show.py, which draws and prints a run, and measures it when it is done, but changes nothing in
-    it; None where this script was copied away alone."""
-    if not (ROOT / "records" / "show.py").exists():
-        return None
-    sys.modules.setdefault("train_gpt_skip", sys.modules[__name__])  # which it imports
-    sys.path.insert(0, str(ROOT / "records"))
-    return importlib.import_module("show")
-
+# Records: one folder a run, which a person, a tool or another program can read.
 
 class Record:
     """The folder of a run. Only rank 0 writes, and only one process at a time: the metrics are locked."""
 
-    def __init__(self, cfg: Config, rt: Runtime, first_step: int):
-        self.cfg, self.rt, self.folder = cfg, rt, None
+    def __init__(self, cfg, rt, first_step):
+        self.cfg, self.rt, self.artist = cfg, rt, None
+        self.closed = [0] * cfg.n_levels  # for how many steps nearly all gates of a level
         self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
                         disable=None if rt.main else True,  # (None: where nobody watches)
                         bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
         if not rt.main:
             return
-        name = cfg.name or cfg.preset or cfg.control
-        self.folder = Path(cfg.resume) if cfg.resume else make_folder(Path(cfg.records_dir), name)
-        self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
-        self.text = open(self.folder / "log.txt", "ab", buffering=0)
+        self.folder = Path(cfg.resume) if cfg.resume else make_folder(
+            Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
+        with writing(self.folder):
+            self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
+            self.text = open(self.folder / "log.txt", "ab", buffering=0)
         try:
             fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1096,17 +1075,14 @@ class Record:
         except OSError:
             pass  # a file system without locks
 
-    def append(self, file, line: str):
+    def append(self, file, line):
         """A whole line or none, through no buffer."""
         size, data = os.fstat(file.fileno()).st_size, (line + "\n").encode()
-        try:
+        with writing(Path(file.name), lambda: file.truncate(size)):
             while data:
                 data = data[file.write(data):]
-        except OSError as e:
-            file.truncate(size)
-            raise unwritable(Path(file.name), e)
 
-    def say(self, line: str, of_a_step: bool = False):
+    def say(self, line, of_a_step=False):
         """A line of log.txt and of the terminal; with a progress bar, a step's line goes to the file only."""
         if not self.rt.main:
             return
@@ -1116,81 +1092,98 @@ class Record:
         elif not of_a_step:
             self.bar.write(line)
 
-    def event(self, kind: str, **values):
+    def event(self, kind, values):
         if self.rt.main:
-            self.append(self.metrics, json.dumps({"kind": kind, **values}))
+            self.append(self.metrics, json.dumps({"kind": kind} | values))
 
-    def step(self, event: dict):
+    def step(self, event):
         """What a training step leaves: its event, its line, and its state on the progress bar."""
-        cfg, step, sparsity = self.cfg, event["step"], mean(event["gate_zero"])
+        cfg, step, zeros = self.cfg, event["step"], event["gate_zero"]
+        speed = f"{event['tokens_per_s']:.0f} tokens/s"
         if step % cfg.metrics_every == 0:
-            self.event("train", **event)
+            self.event("train", event)
         if step % cfg.log_every == 0:
-            zeros = " ".join(f"{z:.2f}" for z in event["gate_zero"][:cfg.n_levels])
-            self.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
-                     f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
-                     f"grad {event['grad_norm']:.3f}  {event['tokens_per_s']:.0f} tokens/s"
-                     + f"  zero gates {zeros}" * cfg.gated, of_a_step=True)
-        self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {sparsity:.2f}, "
-                                 f"{event['tokens_per_s']:.0f} tokens/s", refresh=False)
+            levels = " ".join(f"{z:.2f}" for z in zeros[:cfg.n_levels])
+            self.say(f"{self.at(step)}  loss {event['loss']:.4f}  cross-entropy {event['cross_entropy']:.4f}  "
+                     f"lr {event['lr']:.2e}  grad {event['grad_norm']:.3f}  {speed}  zero gates {levels}", True)
+        for l, target in enumerate(mean_targets(cfg)):
+            shut = cfg.rule.targets and target > 0.1 and zeros[l] > 0.99
+            self.closed[l] = self.closed[l] + 1 if shut else 0
+            if self.closed[l] == 50:
+                self.say(f"WARNING: level {l} has been closed to over 99% of the tokens for 50 steps, where its "
+                         f"target is a mean gate of {target:.2f}; try a smaller --lr")
+        self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {fmean(zeros):.2f}, {speed}", False)
         self.bar.update()
 
-    def close(self):
-        self.bar.close()
-        if self.rt.main:
-            self.metrics.close(), self.text.close()
+    def validation(self, event):
+        self.event("val", event)
+        self.say(f"{self.at(event['step'])}  validation {event['cross_entropy']:.4f} nats  sparsity "
+                 f"{fmean(event['gate_zero']):.3f}")
+        self.show("--plot", wait=not self.rt.cuda)
 
-    def events(self) -> list[dict]:
-        with open(self.folder / "metrics.jsonl") as f:
-            return [json.loads(line) for line in f]
+    def at(self, step):
+        return f"step {step:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}"
 
-    def write(self, name: str, content):
+    def show(self, *flags, wait):
+        """Have records/show.py draw the record, and add to the log what it has to say. A process of its own: GPUs
+        do not wait for it; a CPU does, which two processes at once would take longer."""
+        tool = ROOT / "records" / "show.py"
+        idle = wait or self.artist is None or self.artist.poll() is not None
+        if self.rt.main and tool.exists() and idle:
+            self.artist = subprocess.Popen([sys.executable, tool, self.folder, *flags])
+            if wait:
+                self.artist.wait()
+
+    def write(self, name, content):
         """A whole file or none: JSON of a dict, else text."""
         if self.rt.main:
             text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
 
 
-def rounded(event: dict) -> dict:
-    """Six significant digits of every number: what a record keeps."""
-    return json.loads(json.dumps(event), parse_float=lambda digits: float(f"{float(digits):.6g}"))
-
-
-def make_folder(parent: Path, name: str) -> Path:
-    """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
+@contextmanager
+def writing(path, undo=lambda: None):
+    """What cannot be written is undone, and a UserError."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for suffix in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
-                folder.mkdir()
-                return folder
-    except OSError as e:
-        reason = "it is not a folder" if isinstance(e, FileExistsError) else e.strerror
-        raise UserError(f"--records_dir {parent} cannot be written: {reason}")
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save turns a write's OSError into a RuntimeError
+        undo()
+        reason = getattr(e, "strerror", None) or f"is the disk full? {e}"
+        raise UserError(f"{path} cannot be written: {reason}; what was saved before is whole: mend this, then go "
+                        f"on with --resume {path.parent}")
 
 
-def write_atomically(path: Path, write):
+def write_atomically(path, write):
     """The file appears whole or not at all: temporary file, fsync, rename. Raises UserError."""
     partial = path.with_name(path.name + ".partial")
-    try:
+    with writing(path, lambda: partial.unlink(missing_ok=True)):
         with open(partial, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns a write's OSError into a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise unwritable(path, e)
 
 
-def unwritable(path: Path, e: Exception) -> UserError:
-    return UserError(f"{path} cannot be written: {getattr(e, 'strerror', None) or f'is the disk full? {e}'}; "
-                     f"what was saved before is whole: mend this, then go on with --resume {path.parent}")
+def rounded(event):
+    """Six significant digits of every number: what a record keeps."""
+    return json.loads(json.dumps(event), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
-def read_json(path: Path) -> dict:
+def make_folder(parent, name):
+    """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
+    for suffix in itertools.count(1):
+        folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise UserError(f"--records_dir {parent} cannot be written: {e.strerror}")
+
+
+def read_json(path):
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as e:
@@ -1200,58 +1193,58 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def run_quietly(*command) -> str | None:
+def run_quietly(*command):
     """What a program prints, or None where there is no such program or it fails."""
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True,
                               cwd=ROOT).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
-def environment(rt: Runtime, shards: dict[str, Shards]) -> dict:
-    packages = {}
-    for name in ("torch", "numpy", "tiktoken", "huggingface-hub", "safetensors", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    cuda = rt.device.type == "cuda"
+def source_hash():
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+PACKAGES = {"torch", "numpy", "tiktoken", "huggingface-hub", "safetensors", "triton"}
+
+
+def environment(rt, shards):
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "python": platform.python_version(), "packages": packages, "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if cuda else processor_name(), "world_size": rt.world,
+        "source_sha256": source_hash(), "python": platform.python_version(), "cuda": torch.version.cuda,
+        "packages": {p.name: p.version for p in importlib.metadata.distributions() if p.name in PACKAGES},
+        "device": torch.cuda.get_device_name() if rt.cuda else processor_name(), "world_size": rt.world,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": str(rt.dtype).split(".")[1],
-        "compile": rt.compile, "platform": platform.platform(),
-        "nvidia_smi": run_quietly("nvidia-smi"), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID"),
-        "shards": {name: s.describe() for name, s in shards.items()},
+        "compile": rt.compile, "platform": platform.platform(), "nvidia_smi": run_quietly("nvidia-smi"),
+        "torchrun": environ.get("TORCHELASTIC_RUN_ID"),
+        "shards": {split: s.described for split, s in shards.items()},
     }
 
 
-def processor_name() -> str:
-    with contextlib.suppress(OSError, TypeError):  # no such file, or no such line in it
+def processor_name():
+    with suppress(OSError, TypeError):  # no such file, or no such line in it
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine()
 
 
-def relative(value):
+def shown(value):
     """A path as the records show it: relative to the project where it lies inside it."""
     inside = isinstance(value, str) and Path(value).is_relative_to(ROOT)
     return str(Path(value).relative_to(ROOT)) if inside else value
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Checkpoints: ours to go on from, and weights from ours, the authors' or a hub's folder.
+# Checkpoints: ours to go on from, and weights. (./run.sh convert brings others' into this form.)
 
-def checkpoints(folder: Path, prefix: str = "checkpoint_") -> list[Path]:
-    """Oldest first."""
-    steps = {path: re.fullmatch(prefix + r"(\d+)\.pt", path.name) for path in folder.glob(f"{prefix}*.pt")}
+def checkpoints(folder):
+    """Oldest first; also the authors', which have another name."""
+    steps = {path: re.fullmatch(r"(?:checkpoint_|state_step)(\d+)\.pt", path.name) for path in folder.glob("*.pt")}
     return sorted(filter(steps.get, steps), key=lambda path: int(steps[path][1]))
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path):
     """What a .pt or .safetensors file holds, tensors and plain values: a pickle that runs code is refused."""
     try:
         if path.suffix == ".safetensors":
@@ -1265,46 +1258,28 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}); use an earlier one")
 
 
-def read_weights(source: str, revision: str | None = None) -> tuple[dict, dict]:
-    """(settings, tensors by name) of a checkpoint: a record, a .pt file, a folder in the authors' layout
-    (state_step*.pt, settings under "model"), or a hub folder or repo id (model.safetensors)."""
+def read_weights(source):
+    """(settings, tensors by name) of a record, a folder with config.json and model.safetensors, or a file
+    beside its config.json. Either may lie under "model", as in the authors' plain layout."""
     path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path = fetch_repo(source, revision)
-    if not path.exists():
-        raise UserError(f"checkpoint {source} does not exist")
     folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").exists():
-        raise UserError(f"checkpoint {source} has no config.json beside it, which says the model's sizes")
     if path.is_dir():
-        found = [*path.glob("model.safetensors"), *checkpoints(path), *checkpoints(path, "state_step")]
-        if not found:
-            raise UserError(f"checkpoint {source} has no checkpoint_*.pt, state_step*.pt or "
-                            "model.safetensors")
-        path = found[-1]
-    settings, state = (x.get("model", x) if isinstance(x, dict) else x
-                       for x in (read_json(folder / "config.json"), read_checkpoint(path)))
-    named = isinstance(settings, dict) and isinstance(state, dict) and all(isinstance(k, str) for k in state)
-    if not named:
-        raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it "
-                        "one of a model?")
-    return settings, {k.removeprefix("model."): v for k, v in state.items()}
+        path = [path, *path.glob("model.safetensors"), *checkpoints(path)][-1]
+    if not path.is_file():
+        raise UserError(f"checkpoint {source} does not exist, or has no checkpoint_*.pt or model.safetensors; fetch "
+                        "one from a hub with ./run.sh convert")
+    settings, state = (x.get("model", x) for x in (read_json(folder / "config.json"), read_checkpoint(path)))
+    if not (isinstance(settings, dict) and isinstance(state, dict)):
+        raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it one of a "
+                        "model?")
+    return settings, state
 
 
-def fetch_repo(repo: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(repo, revision=revision,
-                                      allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as e:  # offline, no such repo, no right to it
-        raise UserError(f"checkpoint {repo}: no such folder, and it cannot be fetched from the hub "
-                        f"({str(e).strip().splitlines()[0][:160]})")
-
-
-def checkpoint_settings(settings: dict, explicit: dict, source: str, also=()) -> dict:
-    """The Config fields that a checkpoint fixes (and `also` others). UserError where a flag disagrees."""
-    fixed = {k: settings[k] for k in (*MODEL_FIELDS, "encoding", *also) if settings.get(k) is not None}
-    if missing := [k for k in ("dim", "n_layers", "n_heads", "vocab_size") if k not in fixed]:
-        raise UserError(f"checkpoint {source}: its config.json does not say {', '.join(missing)}")
+def checkpoint_settings(settings, explicit, source):
+    """The Config fields that a checkpoint fixes. UserError where a flag disagrees."""
+    fixed = {k: settings[k] for k in (*MODEL_FIELDS, "encoding") if settings.get(k) is not None}
+    if missing := {"dim", "n_layers", "n_heads", "vocab_size"} - fixed.keys():
+        raise UserError(f"checkpoint {source}: its config.json does not say {min(missing)}")
     for k in SIZES:
         if k in fixed and explicit.get(k, fixed[k]) != fixed[k]:
             raise UserError(f"--{k} {explicit[k]} disagrees with checkpoint {source}, which has {fixed[k]}: "
@@ -1312,49 +1287,31 @@ def checkpoint_settings(settings: dict, explicit: dict, source: str, also=()) ->
     return fixed
 
 
-def is_dense(state: dict) -> bool:
-    """Has it no routers, or only such as are all zero, as the authors store dense models?"""
-    routers = [v for k, v in state.items() if k.startswith("masks.")]
-    return not any(v.any() if isinstance(v, Tensor) else True for v in routers)
+def load_weights(model, state, source):
+    """Load tensors of any float type; UserError where names or shapes are not the model's. Beside a dense model's
+    weights the model's own routers stay, as they are."""
+    try:
+        if not all(v.is_floating_point() for v in state.values()):
+            raise TypeError("a tensor of it is not of a floating-point type")
+        model.load_state_dict(model.masks.state_dict(prefix="masks.") | state)
+    except (AttributeError, TypeError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"checkpoint {source} does not fit ({reason}); are --control and --norm those that it was "
+                        "trained with?")
 
 
-def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, retrofit=False):
-    """Load tensors of any float type; UserError where names or shapes are not the model's. To retrofit is to
-    leave the model's routers as they are if the checkpoint is dense."""
-    own = model.state_dict()
-    if is_dense(state) and (retrofit or not model.masks):
-        routers = {k: v for k, v in own.items() if k.startswith("masks.")}
-        state = {k: v for k, v in state.items() if not k.startswith("masks.")} | routers
-    if wrong := sorted(own.keys() ^ state.keys()):
-        lacks, hint = wrong[0] in own, ""
-        if lacks and wrong[0].startswith("masks."):
-            hint = "; try --control dense"
-        elif "post" in wrong[0]:
-            hint = "; is --norm the one it was trained with?"
-        raise UserError(f"checkpoint {source} does not fit: it {'lacks' if lacks else 'also has'} {wrong[0]} "
-                        f"({len(wrong)} such names){hint}")
-    for k, v in state.items():
-        if not isinstance(v, Tensor) or v.shape != own[k].shape or not v.is_floating_point():
-            found = f"{v.dtype} {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-            raise UserError(f"checkpoint {source} does not fit: {k} is {found}, the model's is "
-                            f"{own[k].dtype} {list(own[k].shape)}")
-    model.load_state_dict(state)
-
-
-def export_weights(model: MiddleSkippingTransformer, path: Path):
-    tensors = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    write_atomically(path, lambda f: f.write(safetensors_bytes(tensors)))
+def export_weights(model, path):
+    write_atomically(path, lambda f: f.write(safetensors_bytes(model.state_dict())))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Training.
 
-def build_model(cfg: Config, rt: Runtime, state: dict | None = None, source: str = "",
-                retrofit=False) -> MiddleSkippingTransformer:
+def build_model(cfg, rt, state=None, source=""):
     model = MiddleSkippingTransformer(cfg)
     initialise(model, cfg)
     if state is not None:
-        load_weights(model, state, source, retrofit)
+        load_weights(model, state, source)
     model.to(rt.device)
     model.lower = compiled if rt.compile else eager
     return model
@@ -1363,48 +1320,43 @@ def build_model(cfg: Config, rt: Runtime, state: dict | None = None, source: str
 class Trainer:
     """A run: model, optimizer, control, loader and clock, and what a step does to them."""
 
-    def __init__(self, cfg: Config, weights: dict | None):
+    def __init__(self, cfg, weights):
         self.cfg, self.rt = cfg, (rt := Runtime(cfg))
-        if cfg.batch_size % (cfg.device_batch_size * rt.world):
-            raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
-                            f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
         self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
-        sequences(self.shards["val"], cfg)
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
-        cfg.num_steps = self.loader.steps_per_pass if cfg.num_steps is None else cfg.num_steps
-        _, dataset = self.shards["val"].dataset(), self.shards["train"].dataset()  # (which check themselves)
-        cfg.encoding = cfg.encoding or dataset.get("encoding", cfg.tokeniser)
-        check_field(Config.__dataclass_fields__["encoding"], cfg.encoding)
-        self.model = build_model(cfg, rt, weights, cfg.init_from or "", retrofit=True)
-        self.origin = f"from {cfg.init_from}" if weights else "new"
-        if weights and cfg.n_routers and is_dense(weights):
-            self.origin += f", which is dense: {cfg.n_routers} routers are new"
+        sequences(self.shards["val"], cfg)  # (which checks that there are some)
+        cfg.num_steps = given(cfg.num_steps, len(self.loader.steps))
+        cfg.encoding = self.shards["train"].encoding or cfg.tokeniser
+        self.model = build_model(cfg, rt, weights, cfg.init_from)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
-        self.parallel, self.train_s, self.train_flops, self.first_step = self.model, 0.0, 0.0, 0
-        self.stop, self.stopping = 0, False  # signals that this rank got; what all ranks agreed on
+        self.parts = {"model": self.model, "control": self.control} | self.optimizers  # of a checkpoint
+        self.first_step, self.train_s, self.train_flops = 0, 0.0, 0.0
+        self.signals, self.stopping = 0, False  # that this rank got; what all ranks agreed on
+        self.parallel = self.model
         self.compile_s = self.warm_up() if rt.compile else 0.0
         self.graphs = graphs_compiled()
         if rt.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, broadcast_buffers=False)  # (which never change)
 
-    def warm_up(self) -> float:
-        """Compile before the clock starts: a training micro-batch and a validation one, as they come and with
-        gates that close. Seconds."""
+    def warm_up(self):
+        """Compile before the clock starts: a training micro-batch and a validation one, with gates that close
+        and as they come. Seconds."""
         start, batch = time.perf_counter(), self.loader.read(0)
-        biases = [(r.linear.bias, r.linear.bias.detach().clone()) for r in self.model.masks]
-        for shift in (1.0, 0.0):
+        state = copy.deepcopy(self.model.masks.state_dict())
+        for closing in (1.0, 0.0):
             with self.rt.autocast(), torch.no_grad():
-                for bias, was in biases:
-                    bias.copy_(was + shift)
+                for router in self.model.masks:
+                    router.linear.bias += closing
                 self.model(*batch)
             self.micro_step(*batch)
+            self.model.masks.load_state_dict(state)
         self.model.zero_grad(set_to_none=True)
         self.rt.synchronize()
         return time.perf_counter() - start
 
-    def micro_step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def micro_step(self, x, y):
         """Forward and backward of one micro-batch: (loss, cross-entropy, gate statistics)."""
         with self.rt.autocast():
             ce, stats = self.parallel(x, y)
@@ -1412,261 +1364,229 @@ class Trainer:
         (loss / self.loader.accumulation).backward()
         return loss.detach(), ce.detach(), stats.detach()
 
-    def train_step(self, step: int) -> dict:
-        """One optimizer step and one of the controller's; returns the record's event."""
-        start, cfg, rt, A = time.perf_counter(), self.cfg, self.rt, self.loader.accumulation
-        place, lr = self.loader.place, learning_rate(step, cfg)
-        totals = torch.zeros(3 + 2 * rt.world + 4 * cfg.n_levels, dtype=torch.float64, device=rt.device)
-        sums, ranks, gates = totals.split((3, 2 * rt.world, 4 * cfg.n_levels))
-        bad, active = ranks.view(2, rt.world)  # each rank writes its own
-        for a, batch in enumerate(self.loader.micro_batches()):
+    def gradients(self):
+        """Those of a step's micro-batches. Returns, of all ranks: their mean loss, cross-entropy and active tokens
+        a micro-batch, (R, 3); the gate statistics (L/2, 4); and whether a signal came."""
+        rt, A = self.rt, self.loader.accumulation
+        signals = torch.tensor(float(self.signals), dtype=torch.float64, device=rt.device)
+        ranks, stats = signals.new_zeros(rt.world, 3), signals.new_zeros(self.cfg.n_levels, 4)
+        for a in range(A):
             alone = rt.world > 1 and a + 1 < A  # gradients are averaged over ranks once a step
-            with self.parallel.no_sync() if alone else contextlib.nullcontext():
-                loss, ce, stats = self.micro_step(*batch)
-            sums[0] += loss
-            sums[1] += ce
-            bad[rt.rank] += ~loss.isfinite()
-            active[rt.rank] += stats[:, 2].sum()
-            gates += stats.flatten()
-        sums[2] = float(self.stop > 0)
-        rt.sum(totals)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        host, grad_norm = sums.tolist(), norm.item()  # the host waits here
-        self.check_finite(step, place, bad.tolist(), grad_norm)
-        if cfg.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), cfg.max_grad_norm, norm)
+            with self.parallel.no_sync() if alone else nullcontext():
+                loss, ce, sums = self.micro_step(*self.loader.read(a))
+            ranks[rt.rank] += torch.stack((loss, ce, sums[:, 2].sum())) / A
+            stats += sums
+        rt.sum(ranks, stats, signals)
+        return ranks, stats, signals
+
+    def train_step(self, step):
+        """One optimizer step and one of the controller's; returns the record's event."""
+        start, cfg, lr = time.perf_counter(), self.cfg, learning_rate(step, self.cfg)
+        ranks, stats, signals = self.gradients()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm or math.inf)
+        losses, entropies, active = ranks.T.tolist()  # the host waits here
+        check_finite(step, loss=sum(losses), gradient=norm.item())
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        stats = gates.view(-1, 4)
         self.control.update(moments(stats, cfg.step_tokens))
-        rt.synchronize()
-        self.stopping = host[2] > 0
-        self.train_s += (seconds := time.perf_counter() - start)
+        self.loader.place += 1
+        self.stopping = signals.item() > 0
+        self.rt.synchronize()
+        seconds = time.perf_counter() - start
+        self.train_s += seconds
         self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
+        alpha, beta = (mirrored(x, cfg) for x in self.control.coef)
         event = {
             "step": step, "tokens": (step + 1) * cfg.step_tokens, "train_s": self.train_s,
-            "loss": host[0] / A / rt.world, "cross_entropy": host[1] / A / rt.world, "lr": lr,
-            "grad_norm": grad_norm, "tokens_per_s": cfg.step_tokens / seconds,
-            **gate_report(cfg, stats.cpu(), cfg.step_tokens),
-            "mean_coef": mirrored(self.control.coef[0], cfg),
-            "var_coef": mirrored(self.control.coef[1], cfg)}
-        if rt.world > 1:  # active tokens of the busiest rank, in units of the mean over ranks
-            event["rank_imbalance"] = (active.max() / active.mean()).item() if active.any() else 1.0
+            "loss": fmean(losses), "cross_entropy": fmean(entropies), "lr": lr, "grad_norm": norm.item(),
+            "tokens_per_s": cfg.step_tokens / seconds, **gate_report(cfg, stats.cpu(), cfg.step_tokens),
+            "mean_coef": alpha, "var_coef": beta}
+        if len(active) > 1:  # tokens of the busiest rank, in units of the mean over ranks
+            event["rank_imbalance"] = max(active) / max(fmean(active), 1.0)
         return rounded(event)
 
-    def check_finite(self, step, place, bad_ranks, grad_norm):
-        if any(bad_ranks) or not math.isfinite(grad_norm):
-            what = next((f"loss on rank {r}" for r, bad in enumerate(bad_ranks) if bad), "gradient")
-            shard = self.shards["train"].paths[place[0]].name
-            raise Divergence(f"the {what} is not finite at step {step} (shard {shard}, token {place[1]}); "
-                             "the weights are as before this step")
-
-    def validate(self, step: int) -> dict:
+    def validate(self, step):
         event = evaluate(self.model, self.cfg, self.rt, self.shards["val"])
-        if not math.isfinite(event["cross_entropy"]):
-            raise Divergence(f"the validation loss is not finite at step {step}")
+        check_finite(step, validation=event["cross_entropy"])
         return rounded({"step": step, **event})
 
-    def save(self, step: int, record: Record):
+    def save(self, step, record):
         if not self.rt.main:
             return
-        os.fsync(record.metrics.fileno())
-        state = {"step": step, "model": self.model.state_dict(),
-                 **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-                 "control": self.control.state_dict(), "place": self.loader.place, "train_s": self.train_s,
-                 "train_flops": self.train_flops,
-                 "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
+        with writing(record.folder / "metrics.jsonl"):
+            os.fsync(record.metrics.fileno())
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {
+            "step": step, "place": self.loader.place, "train_s": self.train_s, "train_flops": self.train_flops,
+            "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
         write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
         for path in checkpoints(record.folder)[:-2]:
             path.unlink()
 
-    def restore(self, state: dict, source: Path):
+    def restore(self, state, source):
         try:
-            load_weights(self.model, state["model"], source)
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state[name])
-            self.control.load_state_dict(state["control"])
-            self.loader.place = self.loader.fit(*state["place"])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            for optimizer in self.optimizers.values():
+                for p, held in optimizer.state.items():
+                    for moment in held.values():  # (torch does not check their sizes)
+                        moment.expand_as(p)
+            self.loader.place = int(state["place"])
             torch.set_rng_state(state["rng"])
             self.train_s, self.train_flops = float(state["train_s"]), float(state["train_flops"])
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
-            buffers = {"optimizer": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
-            if self.control.coef.shape != self.control.target.shape or any(
-                    optimizer.state[p][k].shape != p.shape for name, optimizer in self.optimizers.items()
-                    for group in optimizer.param_groups for p in group["params"] for k in buffers[name]):
-                raise ValueError("moments or coefficients of other sizes")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
-                            "it to go on from an earlier one")
+            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove it to "
+                            "go on from an earlier one")
 
 
-def graphs_compiled() -> int:
+def check_finite(step, **values):
+    for what, value in values.items():
+        if not math.isfinite(value):
+            raise Divergence(f"the {what} is not finite at step {step}; the weights are as before it")
+
+
+def graphs_compiled():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def train(cfg: Config, weights: dict | None, dry_run=False) -> int:
-    """The run of a configuration, or with dry_run only what it would be; returns the exit status."""
+def train(cfg, weights):
+    """The run of a configuration; returns the exit status."""
     state, source = latest_checkpoint(Path(cfg.resume)) if cfg.resume else (None, None)
-    trainer = Trainer(dataclasses.replace(cfg, compile=False) if dry_run else cfg, weights)
-    rt, cfg = trainer.rt, trainer.cfg
+    trainer = Trainer(cfg, weights)
     if state:
         trainer.restore(state, source)
-    if rt.sum(torch.tensor(trainer.first_step, device=rt.device)) != rt.world * trainer.first_step:
-        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {trainer.first_step}, "
-                        "elsewhere of another: copy the record to every machine")
-    if dry_run:
-        if not show():
-            raise UserError(f"--dry_run needs {ROOT}/records/show.py, which this script was copied without")
-        show().print_plan(trainer)
-        return 0
-    with contextlib.closing(Record(cfg, rt, trainer.first_step)) as record:
-        history = open_record(trainer, record, state)
+    first, rt = trainer.first_step, trainer.rt
+    rt.sum(total := torch.tensor(first, device=rt.device))
+    if total != rt.world * first:
+        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {first}, elsewhere of another: "
+                        "copy the record to every machine")
+    record = Record(cfg, rt, first)
+    with closing(record.bar):
+        if rt.main:
+            open_record(trainer, record, state)
         install_signals(trainer)
-        return run(trainer, record, history)
+        return run(trainer, record)
 
 
-def run(trainer: Trainer, record: Record, history: list[dict]) -> int:
-    """From the trainer's first step to the last, or until a signal or --target_loss ends it; history: the
-    validations so far. Returns the exit status."""
-    cfg, rt = trainer.cfg, trainer.rt
+def run(trainer, record):
+    """From the trainer's first step to the last, or until a signal or --target_loss ends it. Returns the exit
+    status."""
+    cfg = trainer.cfg
     for step in range(trainer.first_step, cfg.num_steps + 1):
         last = step == cfg.num_steps
-        if step != trainer.first_step and (last or step % cfg.save_every == 0):
+        if step > trainer.first_step and (last or step % cfg.save_every == 0):
             trainer.save(step, record)
         if last or step % cfg.val_every == 0:
             event = trainer.validate(step)
-            reached = cfg.target_loss is not None and event["cross_entropy"] <= cfg.target_loss
-            if reached and step:
-                trainer.save(step, record)
-            record.event("val", **{k: event[k] for k in event if k != "flops_per_token"})
-            history.append(event)
-            record.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  validation "
-                       f"{event['cross_entropy']:.4f} nats  sparsity {mean(event['gate_zero']):.3f}")
-            if show() and rt.main:
-                show().plot(record.events(), cfg, record.folder / "plot.png")
-                if warning := show().failure_signature(cfg, history):
-                    record.say(f"WARNING: {warning}")
+            reached = step > 0 and event["cross_entropy"] <= given(cfg.target_loss, -math.inf)
             if reached:
-                record.say(f"target loss {cfg.target_loss} reached at step {step}")
-                break
-        if not last:
-            record.step(trainer.train_step(step))
+                trainer.save(step, record)
+            record.validation(event)
+            if last or reached:
+                return finish(trainer, record, event, reached)
+        record.step(trainer.train_step(step))
         if trainer.stopping:
             trainer.save(step + 1, record)
-            break
-    record.bar.close()
-    if not trainer.stopping:
-        return finish(trainer, record, step, history)
-    record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
-    record.say(f"interrupted after step {step + 1}; go on with: "
-               f"./run.sh --resume {shlex.quote(str(record.folder))}")
-    return 0
+            record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
+            record.say(f"interrupted after step {step + 1}; go on with: ./run.sh --resume {record.folder}")
+            return 0
 
 
-def latest_checkpoint(folder: Path) -> tuple[dict | None, Path | None]:
+def latest_checkpoint(folder):
     """The newest checkpoint of a record that is whole, and its path; (None, None) where there is none yet."""
-    for path in reversed(found := checkpoints(folder)):
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             state, size = read_checkpoint(path), (folder / "metrics.jsonl").stat().st_size
-            if size >= state["record_bytes"]:
-                return state, path
-            wrong = f"metrics.jsonl has {size} bytes, fewer than when {path} was written"
-        except UserError as e:
-            wrong = e
-        except (OSError, LookupError, TypeError) as e:
-            wrong = f"{path} does not fit the record ({e})"
-        report("WARNING", f"{wrong}; trying the checkpoint before")
+            if size < state["record_bytes"]:
+                raise UserError(f"metrics.jsonl has {size} bytes, fewer than when {path} was written")
+            return state, path
+        except (UserError, OSError, LookupError, TypeError) as e:
+            tell("WARNING", f"{path} cannot be used ({e}); trying the checkpoint before")
     if found:
         raise UserError(f"--resume {folder}: none of its checkpoints can be used; remove them to start at "
                         "step 0")
-    if (done := folder / "summary.json").exists() and not read_json(done).get("interrupted"):
+    done = folder / "summary.json"
+    if done.exists() and not read_json(done).get("interrupted"):
         raise UserError(f"--resume {folder}: it is finished and has no checkpoint; run its settings again "
-                        f"with --config {folder}/config.json")
+                        f"with --config {folder}")
     return None, None
 
 
-def open_record(trainer: Trainer, record: Record, state: dict | None) -> list[dict]:
-    """Write what is known at the start (or, on resume, cut the metrics back to the checkpoint). Returns the
-    validations so far."""
-    if not trainer.rt.main:
-        return []
-    cfg, env, script = trainer.cfg, environment(trainer.rt, trainer.shards), Path(__file__).read_text()
+def open_record(trainer, record, state):
+    """Write what is known at the start; or, on resume, cut the metrics back to the checkpoint."""
+    cfg, env = trainer.cfg, environment(trainer.rt, trainer.shards)
+    env |= {"parameters": trainer.parameters, "compile_seconds": trainer.compile_s}
     if cfg.resume:
         record.metrics.truncate(state["record_bytes"] if state else 0)
-        for path in [*record.folder.glob("*.partial"), *checkpoints(record.folder)]:
-            if path.suffix == ".partial" or int(path.stem.split("_")[1]) > trainer.first_step:
-                path.unlink()  # what a kill left, and what could not be read
+        for path in checkpoints(record.folder):
+            if int(path.stem.split("_")[1]) > trainer.first_step:
+                path.unlink()  # it could not be read
         record.say(f"resumed at step {trainer.first_step} on {env['device']}, commit {env['git_commit']}")
-        copy = record.folder / Path(__file__).name
-        if not copy.exists() or copy.read_text() != script:
+        if read_json(record.folder / "env.json").get("source_sha256") != source_hash():
             record.say("WARNING: this is not the script that began this record, of which it has a copy")
-        return [e for e in record.events() if e["kind"] == "val"]
+        return
     record.write("env.json", env)
-    record.write(Path(__file__).name, script)
-    record.write("config.json", {k: relative(v) for k, v in dataclasses.asdict(cfg).items()})
-    record.say("\n".join(show().opening_lines(trainer, env, record.folder)) if show() else
-               f"{record.folder}; weights: {trainer.origin}")
-    return []
+    record.write(Path(__file__).name, Path(__file__).read_text())
+    record.write("config.json", {k: shown(v) for k, v in asdict(cfg).items()})
+    record.show("--opening", wait=True)
 
 
-def install_signals(trainer: Trainer):
+def install_signals(trainer):
     """The first SIGTERM or SIGINT ends the run after this step; a second one ends it at once."""
     def handle(number, frame):
-        trainer.stop += 1
-        if trainer.stop > 1:
+        trainer.signals += 1
+        if trainer.signals > 1:
             os._exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
 
 
-def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> int:
-    """Weights, summary, and the closing lines."""
-    cfg, rt, last, recompiles = trainer.cfg, trainer.rt, history[-1], graphs_compiled() - trainer.graphs
-    if rt.main:
-        export_weights(trainer.model, record.folder / "model.safetensors")
-    further = show().further(trainer, last) if show() else {}  # on all ranks
+def finish(trainer, record, last, reached):
+    """Weights, summary, and the closing lines; last: the last validation."""
+    cfg, rt, step, seconds = trainer.cfg, trainer.rt, last["step"], trainer.train_s
     if not rt.main:
         return 0
-    imbalance = [e["rank_imbalance"] for e in record.events() if "rank_imbalance" in e]
-    summary = {
-        "interrupted": False, "step": step,
-        "target_reached": cfg.target_loss is not None and last["cross_entropy"] <= cfg.target_loss,
-        "cross_entropy": last["cross_entropy"], "gate_mean": last["gate_mean"],
-        "gate_zero": last["gate_zero"], "sparsity": mean(last["gate_zero"]),
-        "parameters": trainer.parameters, "realised_flops_per_token": last["flops_per_token"],
-        "train_flops": trainer.train_flops,  # realised, exact
-        "train_seconds": trainer.train_s, "compile_seconds": trainer.compile_s,
-        "tokens_per_s": step * cfg.step_tokens / trainer.train_s if trainer.train_s else 0.0,
-        "rank_imbalance": mean(imbalance or [1.0]), "ranks": rt.world, "control": cfg.control,
-        "n_layers": cfg.n_layers, "recompiles_after_warm_up": recompiles} | further
-    record.write("summary.json", summary)
-    record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token (at the start "
-               f"{history[0]['cross_entropy']:.4f}), {step} steps in {trainer.train_s:.0f} s, "
-               f"{summary['tokens_per_s']:.0f} tokens/s")
-    record.say("\n".join(show().closing_lines(summary, cfg, record.folder)) if show() else
-               f"record: {record.folder} (no plot, no step time: this script was copied without "
-               "records/show.py)")
+    export_weights(trainer.model, record.folder / "model.safetensors")
+    speed = step * cfg.step_tokens / max(seconds, 1e-9)
+    averaging = trainer.parallel._get_ddp_logging_data() if rt.world > 1 else {}
+    record.write("summary.json", last | {
+        "interrupted": False, "target_reached": reached, "sparsity": fmean(last["gate_zero"]),
+        "parameters": trainer.parameters, "train_flops": trainer.train_flops,  # realised, exact
+        "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
+        "recompiles_after_warm_up": graphs_compiled() - trainer.graphs, "peak_memory_bytes": rt.peak_memory(),
+        # a step's nanoseconds, as DDP measures them
+        "averaging_ns": averaging.get("avg_backward_comm_time"),
+        "averaging_hidden_ns": averaging.get("avg_backward_compute_comm_overlap_time")})
+    record.bar.close()
+    record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token, {step} steps in {seconds:.0f} s, "
+               f"{speed:.0f} tokens/s; record: {record.folder}")
+    record.show(wait=True)
     return 0
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Command line.
 
-def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespace, dict]:
-    """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
-    for f in dataclasses.fields(Config):
-        kind = f.type.split(" | ")[0]
-        how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
-            type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
-                            help=f.metadata["help"] + f" (default: {f.default})" * (f.default is not None),
-                            **how)
+def parse_settings(parser, argv, names=tuple(FIELDS)):
+    """All arguments, with a flag for each of these fields of Config beside the parser's own; and the fields
+    given."""
+    groups = {}
+    for name in names:
+        f = FIELDS[name]
+        kind, of = f.type.split(" | ")[0], f.metadata["of"]
+        if of not in groups:
+            groups[of] = parser.add_argument_group(of)
+        how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {
+            "type": TYPES[kind], "choices": f.metadata["choices"] or None}
+        default = "" if f.default is None else f" (default: {f.default})"
+        groups[of].add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
     args = parser.parse_args(argv)
-    return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+    return args, {name: value for name, value in vars(args).items() if name in names}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1674,111 +1594,111 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all flags)")
 
 
-def resolve(explicit: dict, also=()) -> tuple[Config, dict | None]:
-    """Defaults, then a preset, a record's config or a checkpoint's sizes (and `also` other fields of it),
-    then flags; and the checkpoint's weights, if there is one."""
-    settings, weights = dict(PRESETS.get(explicit.get("preset"), {})), None
-    if explicit.get("config"):
-        if explicit.get("preset"):
+def resolve(explicit):
+    """Defaults, then a preset, a record's settings or a checkpoint's sizes, then flags; and the checkpoint's
+    weights, if there is one."""
+    settings, weights = PRESETS.get(explicit.get("preset"), {}), None
+    if "config" in explicit:
+        if settings:
             raise UserError("--preset and --config both choose the settings: leave one out")
-        settings |= recorded_settings(Path(explicit["config"]))
-    explicit = restarted_record(settings | explicit) | explicit
-    if resume := explicit.get("resume"):
-        path = Path(resume) / "config.json"
-        if not path.exists():
-            raise UserError(f"--resume {resume} is not a record: it has no config.json")
-        settings = recorded_settings(path)
-        fixed = {k: v for k, v in explicit.items() if k not in RESUME_MAY_CHANGE}
-        if wrong := [k for k, v in fixed.items() if settings.get(k) != relative(v)]:
-            raise UserError(f"--{wrong[0]} {explicit[wrong[0]]} disagrees with the record {resume}, which "
-                            f"has {settings.get(wrong[0])}: leave the flag out")
-    elif "control" in explicit or "control" in also:  # another rule's coefficients are its own
-        settings = {k: v for k, v in settings.items() if k not in OF_CONTROL}
-    source = explicit.get("init_from", settings.get("init_from"))
+        settings = recorded_settings(explicit["config"])
+    explicit = restarted_record((settings | explicit).get("records_dir", "records")) | explicit
+    resume = explicit.get("resume")
+    if resume:
+        settings = recorded_settings(resume)
+        for k in sorted(explicit.keys() - RESUME_MAY_CHANGE):
+            if settings.get(k) != shown(explicit[k]):
+                raise UserError(f"--{k} {explicit[k]} disagrees with the record {resume}, which has "
+                                f"{settings.get(k)}: leave the flag out")
+    elif "control" in explicit:  # another rule's coefficients are its own
+        settings = {k: v for k, v in settings.items() if k not in COEFFICIENTS}
+    source = (settings | explicit).get("init_from")
     if source and not (resume and checkpoints(Path(resume))):
         stored, weights = read_weights(source)
-        fixed = checkpoint_settings(stored, explicit, source, also)
-        given = "init_from" in explicit and not resume  # (else a record names it, whose settings are its own)
-        settings = settings | fixed if given else fixed | settings
-    return Config(**(settings | explicit)), weights
+        fixed = checkpoint_settings(stored, explicit, source)
+        named = "init_from" in explicit and not resume  # (else a record names it, whose settings are its own)
+        settings = settings | fixed if named else fixed | settings
+    return Config(**settings | explicit), weights
 
 
 RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "save_every", "records_dir",
                      "name", "device_batch_size"}
 
 
-def restarted_record(settings: dict) -> dict:
+def restarted_record(records_dir):
     """--resume of the record that this torchrun began before it restarted its processes, or {}; of several
     machines they share a name, "none", with all others."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or run == "none":
-        return {}
-    begun = sorted(Path(settings.get("records_dir", Config.records_dir)).glob("*/env.json"))
-    mine = [p for p in begun if read_json(p).get("torchrun") == run]
-    return {"resume": str(mine[-1].parent)} if mine else {}
+    run = environ.get("TORCHELASTIC_RUN_ID", "none")
+    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and run != "none":
+        for path in sorted(Path(records_dir).glob("*/env.json"), reverse=True):
+            if f'"torchrun": "{run}"' in path.read_text():
+                return {"resume": str(path.parent)}
+    return {}
 
 
-def recorded_settings(path: Path) -> dict:
-    settings = read_json(path)
-    if unknown := sorted(settings.keys() - {f.name for f in dataclasses.fields(Config)}):
+def recorded_settings(source):
+    """Of a record's folder, its config.json, or a run PARENT/NAME that is packed into PARENT/runs.jsonl."""
+    path = Path(source)
+    archive = path.parent / "runs.jsonl"
+    if not path.exists() and archive.exists():
+        runs = {run["name"]: run for run in map(json.loads, archive.read_text().splitlines())}
+        if path.name not in runs:
+            raise UserError(f"{archive} holds no run {path.name}")
+        settings, script = runs[path.name]["config"], runs[path.name]["script"]
+        if not source_hash().startswith(script):
+            tell("note", f"{path.name} was trained by another script, {archive.parent}/scripts/{script}.py")
+    else:
+        settings = read_json(path / "config.json" if path.is_dir() else path)
+    if unknown := sorted(settings.keys() - FIELDS.keys()):
         raise UserError(f"{path} has an unknown key: {unknown[0]}; is it a record's config.json?")
     return settings
 
 
-# what gloo and the store say of a lost peer; nccl raises DistBackendError
-LOST_PEER = re.compile("closed|closure|reset|refused|[Bb]roken pipe|[Tt]imed out|remote process")
-
-
-def report(kind: str, what, own: bool = False):
+def tell(kind, what, own=False):
     """One line on standard error: of what only this rank may see, or, once a machine, of what all see."""
-    if own or os.environ.get("LOCAL_RANK", "0") == "0":
-        rank = f"rank {os.environ['RANK']}: " if own and "RANK" in os.environ else ""
+    if own or environ.get("LOCAL_RANK", "0") == "0":
+        rank = f"rank {environ['RANK']}: " if own and "RANK" in environ else ""
         print(f"{Path(sys.argv[0]).name}: {kind}: {rank}{' '.join(str(what).split())}", file=sys.stderr)
 
 
-def exit_status(run: Callable[[], int]) -> int:
-    """What run() returns; or, where it fails by what a user can mend, one line and a status."""
+def exit_status(run):
+    """What run() returns; or, where it fails by what a user can mend, one line and a status. What nobody
+    expected keeps its traceback."""
     try:
         status = run()
         if dist.is_initialized():
             dist.destroy_process_group()  # (not after a failure: nccl might wait for the others)
         return status
-    except (UserError, OSError) as e:
-        report("error", e, isinstance(e, (RankError, OSError)))
+    except UserError as e:
+        tell("error", e, isinstance(e, RankError))
         return 2
     except Divergence as e:
-        report("stopped", f"{e}; try a lower --lr, --max_grad_norm 1 or --norm sandwich")
+        tell("stopped", f"{e}; try a lower --lr, --max_grad_norm 1 or --norm sandwich")
         return 3
     except KeyboardInterrupt:
-        report("stopped", "interrupted")
+        tell("stopped", "interrupted")
         return 130
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
-            report("error", f"out of memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
+            tell("error", f"out of memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
             return 2
-        lost = isinstance(e, dist.DistBackendError) or LOST_PEER.search(str(e))
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not lost:
-            raise
-        report("stopped", "another process is gone; go on from the last checkpoint with --resume")
-        return 1
+        if isinstance(e, dist.DistError) or "gloo/transport" in str(e):
+            tell("stopped", f"lost the other processes ({str(e)[:100]}); go on from the last checkpoint with --resume")
+            return 1
+        raise
 
 
-def main(argv: list[str] | None = None) -> int:
-    def start():
-        parser = Parser("train_gpt_skip.py", usage="%(prog)s [--FLAG VALUE]...", allow_abbrev=False,
-                        description="Train a model and write a record.",
-                        epilog="A finished run is looked at with ./run.sh eval, sample and export (--help).")
-        parser.add_argument("--dry_run", action="store_true", help="check all, print the plan, write nothing")
-        args, explicit = parse_settings(parser, argv)
-        return train(*resolve(explicit), args.dry_run)
-
-    return exit_status(start)
+def main(argv=None):
+    parser = Parser("train_gpt_skip.py", usage="%(prog)s [--FLAG VALUE]...", allow_abbrev=False,
+                    description="Train a model and write a record.",
+                    epilog="A finished run is looked at with ./run.sh eval, sample and convert (--help).")
+    return exit_status(lambda: train(*resolve(parse_settings(parser, argv)[1])))
 
 
-def leave(status: int):
+def leave(status):
     """Of several processes one ends at once: DDP leaves gloo's threads behind, which abort the process if
     they drop a tensor while Python shuts down, and a rank that failed must not wait for the others."""
-    if "RANK" in os.environ:
+    if "RANK" in environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
