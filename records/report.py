@@ -21,6 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import archive  # noqa: E402
 import tracks  # noqa: E402
 
 BEGIN, END = "<!-- records/report.py: begin -->", "<!-- records/report.py: end -->"
@@ -167,23 +168,22 @@ def cells(rows: list[dict], columns: dict) -> list[list[str]]:
                               for row in rows]
 
 
-def bench_table(folder: Path) -> tuple[str, list[list[str]]]:
+def bench_table(bench: dict) -> tuple[str, list[list[str]]]:
     """Caption and cells; without cells where the file is damaged. Milliseconds say something on a GPU only:
     CPUs are shared, and their ratios hold because variants alternate."""
     try:
-        bench = read(folder / "bench.json")
         cfg, columns = bench["config"], dict(BENCH_COLUMNS)
         if "growth" in bench:
-            return (f"{folder.name}: {bench['device']}, {bench['dtype']}; how the time of a training step "
+            return (f"{bench['name']}: {bench['device']}, {bench['dtype']}; how the time of a training step "
                     "grows, at a constant number of tokens"), cells(bench["growth"], GROWTH_COLUMNS)
         if not GPU.search(bench["device"]):
             del columns["ms"]
-        caption = (f"{folder.name}: {bench['device']}, {bench['dtype']}, {cfg['n_layers']} blocks, d "
+        caption = (f"{bench['name']}: {bench['device']}, {bench['dtype']}, {cfg['n_layers']} blocks, d "
                    f"{cfg['dim']}, T {cfg['max_seq_len']}; speed-up over dense, MFU of this machine's own "
                    f"{short(bench['matmul_flops_per_s'])}FLOP/s")
         return caption, cells(bench["rows"], columns)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        return f"{folder.name}: damaged: bench.json: {type(e).__name__}: {e}".replace("\n", " "), []
+        return f"{bench['name']}: damaged: bench.json: {type(e).__name__}: {e}".replace("\n", " "), []
 
 
 def numeric(table: list[list[str]]) -> list[bool]:
@@ -335,10 +335,10 @@ def main(argv=None) -> int:
         print("no records yet: make one with ./run.sh, or the grid of the paper's Figure 2 with "
               "records/sweep.sh")
         return 0
-    runs = [*map(read_run, filter(is_run, found))]
-    benches = [(f, *bench_table(f)) for f in found if (f / "bench.json").exists()]
-    table = cells([r | (dict(control=control_of(r)) if "control" in r else {}) for r in runs], RUN_COLUMNS)
     out = args.out.resolve()
+    runs = [*map(read_run, filter(is_run, found))]
+    benches = [bench_table(bench) for bench in archive.measurements(out, "bench")]
+    table = cells([r | (dict(control=control_of(r)) if "control" in r else {}) for r in runs], RUN_COLUMNS)
     links = {f.name: f"[{f.name}]({f.name})" for f in found if f.parent == out}
     lines = figure([r for r in runs if r["state"] == "finished"], args.out / "pareto.png")
     text, page = [], []
@@ -353,13 +353,9 @@ def main(argv=None) -> int:
         text += [aligned(frontier), aligned(speedrun)]
         page = ["![the frontier: validation loss against cost](frontier.png)", markdown(frontier, {}),
                 "The speedrun:", markdown(speedrun, {}), *page]
-    if tables := tracks.depth_tables(args.out / "frontier"):
-        tracks.depth_figure(tables, args.out / "letters.png")
-        page.insert(1, "![which tokens skip, seed by seed](letters.png)")
-    for folder, caption, rows in benches:
+    for caption, rows in benches:
         text.append(caption + ("\n" + aligned(rows) if rows else ""))
-        page.append(caption.replace(folder.name, links.get(folder.name, folder.name)) +
-                    ("\n\n" + markdown(rows, {}) if rows else ""))
+        page.append(caption + ("\n\n" + markdown(rows, {}) if rows else ""))
     print("\n\n".join(text + ["\n".join(lines)]))
     write_readme(args.out / "README.md", "\n\n".join(page))
     return 0

@@ -14,7 +14,6 @@ models of the same regime. *Speedrun*: the least training cost to reach TARGET, 
 blocks reaches; rows whose regime has no dense line belong to it alone.
 """
 import argparse
-import ast
 import json
 import math
 import os
@@ -27,6 +26,9 @@ from pathlib import Path
 from statistics import fmean as mean, median, stdev
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import archive  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 FRONTIER = HERE / "frontier"
@@ -146,25 +148,9 @@ def on_line(row: str) -> bool:
     return re.fullmatch(r"dense_\d+", parts(row)[2]) is not None
 
 
-ROW = re.compile(r"[\d_-]{20}(.+)_seed(\d+)(?:_\d+)?")  # a record's name
-
-
-def row_of(record: str) -> tuple[str, int]:
-    """(row, seed) of a record's name."""
-    name, seed = ROW.fullmatch(record).groups()
-    return name, int(seed)
-
-
-def recorded(folder: Path) -> dict[tuple[str, int], Path]:
-    """Records of rows by (row, seed); the newest of each."""
-    return {row_of(path.name): path for path in sorted(folder.glob("*")) if ROW.fullmatch(path.name)}
-
-
-def summary_of(record: Path) -> dict:
-    try:
-        return json.loads((record / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {"interrupted": True}
+def recorded(folder: Path) -> dict[tuple[str, int], dict]:
+    """Runs by (row, seed); the newest of each."""
+    return {(run["row"], run["seed"]): run for run in archive.runs(folder) if "row" in run}
 
 
 def relative(path: Path) -> str:
@@ -176,14 +162,14 @@ def relative(path: Path) -> str:
 def run(rows: list[str], seeds: int, folder: Path) -> int:
     found, seconds = recorded(folder), []
     todo = [(row, seed) for seed in range(seeds) for row in rows
-            if (row, seed) not in found or summary_of(found[row, seed])["interrupted"]]
+            if (row, seed) not in found or found[row, seed]["state"] != "finished"]
     for i, (row, seed) in enumerate(todo):
         left = f", about {mean(seconds) * (len(todo) - i) / 60:.0f} minutes left" if seconds else ""
         print(f"tracks.py: {row}, seed {seed}: run {i + 1} of {len(todo)}{left}", flush=True)
         flags = [*BASE, *ROWS[row][1].split(), "--seed", str(seed), "--name", f"{row}_seed{seed}",
                  "--records_dir", relative(folder)]
         if (row, seed) in found:
-            flags = ["--resume", relative(found[row, seed])]
+            flags = ["--resume", relative(found[row, seed]["folder"])]
         start = time.perf_counter()
         child = subprocess.Popen([sys.executable, "train_gpt_skip.py", *flags], cwd=HERE.parent,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
@@ -195,6 +181,18 @@ def run(rows: list[str], seeds: int, folder: Path) -> int:
             return 130
         seconds.append(time.perf_counter() - start)
     return 0
+
+
+def pack(folders: list[Path]) -> int:
+    """Pack each finished record among these folders and inside them; 2 if one may not be packed."""
+    status = 0
+    for folder in archive.folders(folders):
+        try:
+            print(archive.pack(folder), flush=True)
+        except archive.RecordError as e:
+            print(f"tracks.py: error: {folder.name}: {e}", file=sys.stderr)
+            status = 2
+    return status
 
 
 # ---- timing -----------------------------------------------------------------------------------------------
@@ -210,8 +208,8 @@ def measure(rows: list[str], rounds: int, folder: Path) -> int:
     torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     todo, sides = {row: row for row in [*filter(on_line, rows), "dense_8"]}, {}
-    todo |= {path.name: row for (row, _), path in recorded(folder).items()
-             if row in rows and not on_line(row) and (path / "model.safetensors").exists()}
+    todo |= {run["name"]: row for (row, _), run in recorded(folder).items()
+             if row in rows and not on_line(row) and (folder / run["name"] / "model.safetensors").exists()}
     for row in sorted(set(rows) - set(todo.values())):
         print(f"tracks.py: {row} is left out: no weights of it are here")
     for name, row in todo.items():
@@ -294,23 +292,25 @@ def gather(folder: Path) -> dict[str, dict]:
     times of the measurement that has it, `dense`: is it a point of a dense line?, `line`: which one is its
     own, by optimizer and regime, and `full`: is there one?"""
     rows, timed, seeds = {}, {}, {}  # timed: by name its newest times over dense_8's, and all of that record
-    for path in sorted(folder.glob("*_times/times.json")):
-        content = json.loads(path.read_text())
+    found = recorded(folder)
+    row_of = {run["name"]: row for (row, _), run in found.items()}
+    for content in archive.measurements(folder, "times"):
         seconds = content["seconds"]  # the first records have no ratios
         measured = content.get("ratios") or {
             name: {k: t[k] / seconds["dense_8"][k] for k in t} for name, t in seconds.items()}
         timed |= {name: (t, measured) for name, t in measured.items()}
-    for name in filter(lambda name: name[0].isdigit(), timed):  # a record's
-        seeds.setdefault(row_of(name)[0], []).append(timed[name])
+    for name in filter(row_of.__contains__, timed):
+        seeds.setdefault(row_of[name], []).append(timed[name])
     for row, of_seeds in seeds.items():  # for seeds whose weights were not there
         timed[row] = {k: mean(t[k] for t, _ in of_seeds) for k in of_seeds[0][0]}, of_seeds[-1][1]
-    for (name, seed), path in sorted(recorded(folder).items()):
-        if not (s := summary_of(path))["interrupted"]:
+    for (name, seed), run in sorted(found.items()):
+        if run["state"] == "finished":
+            s = run["summary"]
             row = rows.setdefault(name, dict(name=name, losses=[], costs={}, measured=[]))
             row["losses"].append(s["cross_entropy"])
             row |= dict(dense=on_line(name), n_layers=s["n_layers"], steps=s["step"],
-                        date=path.name[:10])
-            times, measured = timed.get(path.name, timed.get(name, ({}, {})))
+                        date=run["name"][:10])
+            times, measured = timed.get(run["name"], timed.get(name, ({}, {})))
             row["measured"].append(measured)
             if times:
                 step_tokens = s["tokens_per_s"] * s["train_seconds"] / s["step"]
@@ -479,48 +479,19 @@ def figure(rows: dict[str, dict], path: Path):
     plt.close(fig)
 
 
-def depth_tables(folder: Path) -> dict[str, dict[str, tuple[float, int]]]:
-    """Mean depth and occurrences of tokens, by the name of each record that keeps a depth.json (`eval
-    --depth`)."""
-    return {path.name: {token: (depth, n) for token, depth, n
-                        in json.loads((path / "depth.json").read_text())["token"]}
-            for _, path in sorted(recorded(folder).items()) if (path / "depth.json").exists()}
-
-
-def depth_figure(tables: dict[str, dict[str, tuple[float, int]]], path: Path, most: int = 48):
-    """Which tokens skip, a line a record: the mean depth of the most frequent ones, the shallowest first."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    frequent = sorted(set.intersection(*map(set, tables.values())),
-                      key=lambda token: -sum(table[token][1] for table in tables.values()))[:most]
-    tokens = sorted(frequent, key=lambda token: mean(table[token][0] for table in tables.values()))
-    fig, ax = plt.subplots(figsize=(12, 1.4 + 0.26 * len(tables)), layout="constrained")
-    image = ax.imshow([[table[token][0] for token in tokens] for table in tables.values()], aspect="auto",
-                      cmap="viridis")
-    labels = {" ": "space", "\n": "line end"}
-    texts = [ast.literal_eval(token) for token in tokens]
-    ax.set_xticks(range(len(tokens)), [labels.get(text, text) for text in texts], family="monospace")
-    for tick, text in zip(ax.get_xticklabels(), texts):
-        tick.set_rotation(90 if text in labels else 0)
-    ax.set_yticks(range(len(tables)), ["{}, seed {}".format(*row_of(name)) for name in tables])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    fig.colorbar(image, label="mean depth (blocks)", pad=0.01)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "time"))
+    parser.add_argument("what", choices=("run", "time", "pack"))
+    parser.add_argument("folders", nargs="*", type=Path, help="pack: records, or folders of records")
     parser.add_argument("--seeds", type=int, default=4, help="seeds of each row (default: 4)")
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each row (default: 9)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help="of ROWS in this file (default: all)")
     parser.add_argument("--records_dir", type=Path, default=FRONTIER, help=f"(default: {FRONTIER.name})")
     args = parser.parse_args(argv)
+    if args.what == "pack":
+        return archive.exit_status(lambda: pack(args.folders or [args.records_dir]))
     if args.what == "run":
         return run(args.rows, args.seeds, args.records_dir)
     sys.path.insert(0, str(HERE.parent))
