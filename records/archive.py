@@ -6,10 +6,12 @@ What is committed of a comparison is packed (./run.sh tracks pack), into the fol
                    script; `metrics`, that of all numbers of its metrics.jsonl but times (train_s, val_s,
                    tokens_per_s): a run that is done again to the same digits has the same one
     curves.jsonl   a line a run: of every 25th step the loss, the gradient's norm, gates and coefficients, the
-                   latter a level (the mirrored blocks have the same)
+                   latter a level (the mirrored blocks have the same), where any gate ever closed a little
     scripts/       each script once, named by its hash
     times.jsonl, bench.jsonl   a line a measurement
 Every line ends in the hash of what it says. A hash is the first 16 digits of a SHA-256.
+
+And the rows of records/tracks.toml, by which runs are made, and told apart.
 """
 import argparse
 import fcntl
@@ -18,12 +20,15 @@ import json
 import math
 import os
 import sys
+import tomllib
 from pathlib import Path
 from statistics import fmean as mean
+from typing import NamedTuple
 
+TRACKS = tomllib.loads(Path(__file__).with_name("tracks.toml").read_text())
 THINNED = 25  # steps from one point of a packed curve to the next
 TIMES = {"train_s", "val_s", "tokens_per_s"}
-OF_LEVELS = "gate_mean", "gate_zero", "mean_coef", "var_coef"
+KEPT = "name", "row", "seed", "config", "env", "summary", "validations", "script", "metrics"
 DAMAGE = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
 
 
@@ -48,36 +53,46 @@ def exit_status(run) -> int:
         return 2
 
 
+class Row(NamedTuple):
+    what: str
+    flags: list[str] | None  # beside the track's base; None: it was tried, with another script
+    on_line: bool  # is it a point of a dense line?
+
+
+def rows_of(track: dict) -> dict[str, Row]:
+    """The rows of a track by name."""
+    rows = {name: Row(what, None, False) for name, what in track.get("tried", {}).items()}
+    for regime in track.get("regimes", [{"is": "", "prefix": "", "flags": ""}]):
+        for setting in regime.get("settings", track["settings"]):
+            what, flags = track["settings"][setting]
+            rows[regime["prefix"] + setting] = Row(f"{regime['is']}: {what}".removeprefix(": "), [
+                *regime["flags"].split(), *flags.split()], setting in track.get("line", ()))
+    return rows
+
+
 # ---- counts, from a config --------------------------------------------------------------------------------
 
 def block_weights(c: dict) -> int:
     """Of the matrices of one block."""
-    kv_dim = c["n_kv_heads"] * (c["dim"] // c["n_heads"])
-    return c["dim"] * (2 * c["dim"] + 2 * kv_dim + 3 * int(c["ffn_dim_multiplier"] * c["dim"]))
+    d, head_dim = c["dim"], c["dim"] // c["n_heads"]
+    return d * (2 * d + 2 * c["n_kv_heads"] * head_dim + 3 * int(c["ffn_dim_multiplier"] * d))
 
 
 def n_routers(c: dict) -> int:
     return 0 if c["control"] in ("dense", "random") else c["n_layers"] // 2
 
 
-def parameters(c: dict) -> int:
-    d, norms = c["dim"], 4 if c["norm"] == "sandwich" else 2
-    blocks = c["n_layers"] * (block_weights(c) + norms * d)
-    return blocks + 2 * d * c["vocab_size"] + 2 * d + n_routers(c) * (d + 1)
-
-
 def realised_flops(c: dict, gate_zero: list[float]) -> tuple[float, float]:
     """FLOPs of a forward pass a token, counted as the script does, from the share of closed gates a block: at
     least and at most. What a record lacks is the number of pairs of open tokens that attention had: fewest
     where all sequences have as many open, most where each is all open or all closed."""
-    d, T = c["dim"], c["max_seq_len"]
+    d, T, everyone = c["dim"], c["max_seq_len"], [1.0] * len(gate_zero)
     shares = [1.0 - zero for zero in gate_zero]
-    rows = [1.0] * len(shares) if c["compute"] == "masked" else shares
-    keys = [1.0] * len(shares) if c["gate_attention"] == "none" else shares
-    routers = 2 * d * (1 + sum(rows[:n_routers(c) - 1])) if n_routers(c) else 0
-    fixed = 2 * block_weights(c) * sum(rows) + routers + 2 * d * c["vocab_size"]
-    return (fixed + 4 * d * sum(a * (a * T + 1) / 2 for a in keys),
-            fixed + 4 * d * sum(a * (T + 1) / 2 for a in keys))
+    rows = everyone if c["compute"] == "masked" else shares
+    keys = everyone if c["gate_attention"] == "none" else shares
+    routers = 1 + sum(rows[:n_routers(c) - 1]) if n_routers(c) else 0
+    fixed = 2 * block_weights(c) * sum(rows) + 2 * d * (routers + c["vocab_size"])
+    return (fixed + 2 * d * sum(a * (a * T + 1) for a in keys), fixed + 2 * d * sum(keys) * (T + 1))
 
 
 # ---- live runs --------------------------------------------------------------------------------------------
@@ -87,17 +102,6 @@ def read_object(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.json").exists()
-
-
-def folders(places: list[Path]) -> list[Path]:
-    """The live records, of runs and measurements, among these folders and directly inside them."""
-    kinds = "config.json", "times.json", "bench.json"
-    return sorted({path.parent.resolve() for place in places for name in kinds
-                   for path in (*place.glob(name), *place.glob(f"*/{name}"))})
 
 
 def live(folder: Path) -> dict:
@@ -119,73 +123,73 @@ def live(folder: Path) -> dict:
 
 
 def read_events(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def validations_of(events: list[dict]) -> list[dict]:
-    left_out = {"kind", *TIMES}
-    return [{k: e[k] for k in e if k not in left_out} for e in events if e["kind"] == "val"]
-
-
-def curve_of(events: list[dict], config: dict) -> dict:
-    """Training events in columns; gates and coefficients if any gate ever closed a little."""
-    train, levels = [e for e in events if e["kind"] == "train"], (config["n_layers"] + 1) // 2
-    curve = {k: [e[k] for e in train] for k in ("step", "cross_entropy", "grad_norm")}
-    if any(min(e["gate_mean"]) < 1 for e in train):
-        curve |= {k: [e[k][:levels] for e in train] for k in OF_LEVELS}
-    return curve
+    whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")  # (a line may be being written)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def metrics_hash(events: list[dict]) -> str:
-    return digest(compact([{k: e[k] for k in sorted(e.keys() - TIMES)} for e in events]))
+    return digest(compact([{k: e[k] for k in sorted(e.keys() - TIMES)} for e in events]).encode())
+
+
+def course(events: list[dict], config: dict) -> tuple[list[dict], dict]:
+    """The validations, and the training steps in columns."""
+    steps, validations = ([e for e in events if e["kind"] == kind] for kind in ("train", "val"))
+    curve = {k: [e[k] for e in steps] for k in ("step", "cross_entropy", "grad_norm")}
+    if any(min(e["gate_mean"]) < 1 for e in steps):
+        levels = (config["n_layers"] + 1) // 2
+        for k in ("gate_mean", "gate_zero", "mean_coef", "var_coef"):
+            curve[k] = [e[k][:levels] for e in steps]
+    return [{k: e[k] for k in e if k != "kind" and k not in TIMES} for e in validations], curve
 
 
 def complete(run: dict) -> tuple[dict, dict]:
-    """A finished live run with all that is packed of it, and its curve. RecordError: what is wrong with it."""
-    folder, env, steps = run["folder"], run["env"], run["summary"].get("step")
+    """A finished live run with all that is packed of it, and its curve. RecordError: what is wrong."""
     try:
-        events, every = read_events(folder), run["config"].get("metrics_every", 1)
-        if env["source_sha256"][:16] not in map(file_hash, folder.glob("*.py")):
+        events, script = read_events(run["folder"]), run["env"]["source_sha256"][:16]
+        validations, curve = course(events, run["config"])
+        whole = run | {"validations": validations, "script": script, "metrics": metrics_hash(events)}
+        steps, every = run["summary"]["step"], run["config"].get("metrics_every", 1)
+        if not scripts(run["folder"], script):
             raise RecordError("it holds no script with env.json's source_sha256, the one that ran")
-        curve = curve_of(events, run["config"])
         if curve["step"] != list(range(0, steps, every)):
             raise RecordError(f"metrics.jsonl does not hold every {every} of {steps} training steps once")
-        run = run | {"validations": validations_of(events), "script": env["source_sha256"][:16],
-                     "metrics": metrics_hash(events)}
-        if faults := [*disagreements(run, curve)]:
-            raise RecordError(faults[0])
+        check(whole, curve)
     except DAMAGE as e:
         raise RecordError(f"{type(e).__name__}: {e}")
-    return run, curve
+    return whole, curve
 
 
-def disagreements(run: dict, curve: dict):
-    """Where the numbers of a finished run, live or packed, do not agree with each other: a sentence each."""
+def scripts(folder: Path, hash_: str) -> list[Path]:
+    """The script of this hash in a live run's folder."""
+    return [path for path in folder.glob("*.py") if digest(path.read_bytes()) == hash_]
+
+
+def check(run: dict, curve: dict):
+    """RecordError where the numbers of a finished run, live or packed, do not agree with each other."""
     c, s, last = run["config"], run["summary"], run["validations"][-1]
+    tokens, exact = s["step"] * c["batch_size"] * c["max_seq_len"], "gate_zero" not in curve
+    low, high = realised_flops(c, s["gate_zero"])
+    steps = [realised_flops(c, [*zero, *zero[:c["n_layers"] // 2][::-1]])
+             for zero in curve.get("gate_zero", ())]
+    least, most = map(mean, zip(*steps or [(low, high)]))
+    bounds = {"sparsity": [mean(s["gate_zero"])] * 2,
+              "tokens_per_s": [tokens / (s["train_seconds"] or math.inf)] * 2,
+              "realised_flops_per_token": [high if exact else low, high],
+              "train_flops": [3 * tokens * most] * 2 if exact else  # (a curve has some of the steps)
+                             [3 * tokens * least * 0.98, 3 * tokens * most * 1.02]}
     for key in ("step", "cross_entropy", "gate_mean", "gate_zero"):
         if s[key] != last[key]:
-            yield f"summary.json has a {key} of {s[key]}, the last validation {last[key]}"
-    tokens, half = s["step"] * c["batch_size"] * c["max_seq_len"], c["n_layers"] // 2
-    low, high = realised_flops(c, s["gate_zero"])
-    steps = [realised_flops(c, [*zero, *zero[:half][::-1]]) for zero in curve.get("gate_zero", ())]
-    least, most = map(mean, zip(*steps)) if steps else (high, high)
-    rate, slack = tokens / (s["train_seconds"] or math.inf), 0.02 if steps else 0  # (the curve has some steps)
-    for key, low, high in (("sparsity", *[mean(s["gate_zero"])] * 2), ("parameters", *[parameters(c)] * 2),
-                           ("realised_flops_per_token", low if steps else high, high),
-                           ("train_flops", 3 * tokens * least * (1 - slack), 3 * tokens * most * (1 + slack)),
-                           ("tokens_per_s", rate, rate)):
+            raise RecordError(f"summary.json has a {key} of {s[key]}, the last validation {last[key]}")
+    for key, (low, high) in bounds.items():
         if not low * (1 - 1e-5) <= s[key] <= high * (1 + 1e-5):  # (metrics have six digits)
-            yield f"summary.json has a {key} of {s[key]}, the rest of the record gives {low:.9g} to {high:.9g}"
+            raise RecordError(f"summary.json has a {key} of {s[key]}, the rest of the record gives {low:.9g} "
+                              f"to {high:.9g}")
 
 
 # ---- packed runs ------------------------------------------------------------------------------------------
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def compact(value) -> str:
@@ -193,7 +197,7 @@ def compact(value) -> str:
 
 
 def sealed(line: dict) -> str:
-    return compact(line | {"hash": digest(compact(line))})
+    return compact(line | {"hash": digest(compact(line).encode())})
 
 
 def lines(path: Path) -> list[dict]:
@@ -212,23 +216,23 @@ def lines(path: Path) -> list[dict]:
     return found
 
 
-def packed(parent: Path) -> list[dict]:
-    return [run | {"folder": None, "state": "finished"} for run in lines(parent / "runs.jsonl")]
-
-
 def runs(parent: Path) -> list[dict]:
     """The runs of a folder, packed and live, in order of their names, which begin with the date."""
-    found = {run["name"]: run for run in packed(parent)}
-    for folder in filter(is_run, parent.glob("*")):
-        if folder.name not in found:  # (else it keeps a packed run's weights)
-            found[folder.name] = live(folder)
+    found = {run["name"]: run | {"state": "finished"} for run in lines(parent / "runs.jsonl")}
+    for path in parent.glob("*/config.json"):
+        if path.parent.name not in found:  # (else it lies by a packed run's weights)
+            found[path.parent.name] = live(path.parent)
     return [found[name] for name in sorted(found)]
+
+
+def newest(parent: Path) -> dict[tuple[str, int], dict]:
+    """The finished runs of a folder by row and seed, of each the last."""
+    return {(run["row"], run["seed"]): run for run in runs(parent) if run["state"] == "finished"}
 
 
 def measurements(parent: Path, kind: str) -> list[dict]:
     """What was measured of a kind, times or bench, packed and live, in order of names."""
-    found = lines(parent / f"{kind}.jsonl")
-    found += [measurement(path) for path in parent.glob(f"*/{kind}.json")]
+    found = lines(parent / f"{kind}.jsonl") + [*map(measurement, parent.glob(f"*/{kind}.json"))]
     return sorted(found, key=lambda line: line["name"])
 
 
@@ -242,13 +246,14 @@ def measurement(path: Path) -> dict:
 def find(path: Path) -> tuple[dict, dict]:
     """The run of a live folder, be it still running, or of PARENT/NAME, a packed run: with its validations,
     and its curve. RecordError where there is none."""
+    for run in lines(path.parent / "runs.jsonl"):
+        if run["name"] == path.name:
+            curves = {line["name"]: line for line in lines(path.parent / "curves.jsonl")}
+            return run, curves[path.name]
     try:
-        for run in packed(path.parent):
-            if run["name"] == path.name:
-                (curve,) = [line for line in lines(path.parent / "curves.jsonl") if line["name"] == path.name]
-                return run, curve
-        run, events = live(path), read_events(path)
-        return run | {"validations": validations_of(events)}, curve_of(events, run["config"])
+        run = live(path)
+        validations, curve = course(read_events(path), run["config"])
+        return run | {"validations": validations}, curve
     except DAMAGE as e:
         raise RecordError(f"{path} is neither a whole record nor the name of a packed one beside it ({e})")
 
@@ -259,36 +264,32 @@ def pack(folder: Path) -> str:
     """Pack a finished run or a measurement into the folder that holds it. When all is on the disk, what was
     packed is removed, and log and plot with it; what else lies in the folder stays there, and with it, since
     weights need it, the config. Says what was done. RecordError where it may not be packed."""
-    parent = folder.parent
+    parent, name = folder.parent, folder.name
     for kind in ("times", "bench"):
-        if (path := folder / f"{kind}.json").exists():
-            add(parent / f"{kind}.jsonl", measurement(path))
-            return removed(folder, [path])
-    run = live(folder)
-    known = next((line for line in packed(parent) if line["name"] == folder.name), None)
-    if known and not run["summary"]:  # its removal was interrupted, or it keeps weights
-        if (folder / "metrics.jsonl").exists() and metrics_hash(read_events(folder)) != known["metrics"]:
-            raise RecordError("another run of this name is packed: rename its folder")
-        return removed(folder, files_of(known, folder))
-    if run["state"] != "finished":
-        return f"{folder.name} stays: {run['state']}"
-    run, curve = complete(run)
-    keep_script(folder, parent / "scripts" / f"{run['script']}.py")
-    thin = [i for i, step in enumerate(curve["step"]) if step % THINNED == 0]
-    add(parent / "curves.jsonl", {"name": run["name"], **{k: [v[i] for i in thin] for k, v in curve.items()}})
-    keys = "name", "row", "seed", "config", "env", "summary", "validations", "script", "metrics"
-    add(parent / "runs.jsonl", {k: run[k] for k in keys})
-    return removed(folder, files_of(run, folder))
+        if (folder / f"{kind}.json").exists():
+            add(parent / f"{kind}.jsonl", measurement(folder / f"{kind}.json"))
+            return removed(folder, [folder / f"{kind}.json"])
+    run = next((run for run in lines(parent / "runs.jsonl") if run["name"] == name), None)
+    if run is None:
+        run = live(folder)
+        if run["state"] != "finished":
+            return f"{name} stays: {run['state']}"
+        run, curve = complete(run)
+        thin = [i for i, step in enumerate(curve["step"]) if step % THINNED == 0]
+        keep(scripts(folder, run["script"])[0], parent / "scripts" / f"{run['script']}.py")
+        add(parent / "curves.jsonl", {"name": name} | {k: [v[i] for i in thin] for k, v in curve.items()})
+        add(parent / "runs.jsonl", {k: run[k] for k in KEPT})
+    elif (folder / "metrics.jsonl").exists() and metrics_hash(read_events(folder)) != run["metrics"]:
+        raise RecordError("another run of this name is packed: rename its folder")
+    files = "summary.json", "env.json", "log.txt", "plot.png", "metrics.jsonl"  # (last what tells runs apart)
+    return removed(folder, [*scripts(folder, run["script"]), *(folder / file for file in files)])
 
 
-def keep_script(folder: Path, path: Path):
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        (script,) = [p for p in folder.glob("*.py") if file_hash(p) == path.stem]
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            write(file, script.read_bytes())
-        os.replace(partial, path)
+def keep(script: Path, path: Path):
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".partial"), "wb") as file:
+        write(file, script.read_bytes())
+    os.replace(file.name, path)
 
 
 def write(file, data: bytes):
@@ -310,19 +311,12 @@ def add(path: Path, line: dict):
             raise RecordError(f"{path} has another of the name {line['name']}: rename its folder")
 
 
-def files_of(run: dict, folder: Path) -> list[Path]:
-    """What is removed of a packed run: first what says that it is finished, last what says which it is."""
-    script = [path for path in folder.glob("*.py") if file_hash(path) == run["script"]]
-    names = "summary.json", "env.json", "log.txt", "plot.png"
-    return [*(folder / name for name in names), *script, folder / "metrics.jsonl"]
-
-
 def removed(folder: Path, paths: list[Path]) -> str:
     for path in paths:
         path.unlink(missing_ok=True)
-    others = sorted(path.name for path in folder.iterdir() if path.name != "config.json")
+    others = {path.name for path in folder.iterdir()} - {"config.json"}
     if others:
-        return f"{folder.name} is packed; its folder keeps {', '.join(others)}"
+        return f"{folder.name} is packed; its folder keeps {', '.join(sorted(others))}"
     (folder / "config.json").unlink(missing_ok=True)
     folder.rmdir()
     return f"{folder.name} is packed"
