@@ -202,15 +202,17 @@ def sealed(line: dict) -> str:
 
 def lines(path: Path) -> list[dict]:
     """The lines of a packed file without their hashes; none where there is no file. RecordError if one is not
-    what was packed."""
-    found = []
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+    what was packed, but for a last one that is not at its end: its run is there still."""
+    found, content = [], path.read_text() if path.exists() else ""
+    for number, text in enumerate(content.splitlines(), 1):
         try:
             line = json.loads(text)
             del line["hash"]
             if sealed(line) != text:
                 raise ValueError("its hash is another's")
         except DAMAGE as e:
+            if number > content.count("\n"):
+                break
             raise RecordError(f"{path}: line {number} is not what was packed ({e}): restore it with git")
         found.append(line)
     return found
@@ -302,13 +304,18 @@ def add(path: Path, line: dict):
     """Append a line, unless it is there. RecordError where another of this name is."""
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # (those who pack at once take turns)
+        found = lines(path)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # what a kill left of a line
-        found = [old for old in lines(path) if old["name"] == line["name"]]
-        if not found:
-            write(file, f"{sealed(line)}\n".encode())
-        elif sealed(found[0]) != sealed(line):
+        content = file.read()
+        if len(found) > content.count(b"\n"):
+            write(file, b"\n")
+        else:
+            file.truncate(content.rfind(b"\n") + 1)  # what a kill left of a line
+        same = [sealed(old) for old in found if old["name"] == line["name"]]
+        if same and same != [sealed(line)]:
             raise RecordError(f"{path} has another of the name {line['name']}: rename its folder")
+        if not same:
+            write(file, f"{sealed(line)}\n".encode())
 
 
 def removed(folder: Path, paths: list[Path]) -> str:

@@ -87,7 +87,7 @@ def models(track: dict, rows: dict[str, Row], folder: Path):
         _, given = tgs.parse_settings(tgs.Parser(), [*track["base"].split(), *flags])
         names = [run["name"] for (of, _), run in archive.newest(folder).items()
                  if of == row and (folder / run["name"] / "model.safetensors").exists()]
-        if given["control"] == "dense":
+        if tgs.resolve(given)[0].control == "dense":
             names = [row]
         elif not names:
             print(f"tracks.py: {row} is left out: no weights of it are here")
