@@ -330,12 +330,14 @@ def page(folder: Path, draw: bool) -> list[str]:
 
 def split(path: Path) -> tuple[str, str, str]:
     """A README before, between and behind the markers."""
-    text = path.read_bytes().decode() if path.exists() else "# Records\n"
-    before, begin, rest = text.partition(BEGIN)
+    text = path.read_bytes().decode() if path.exists() else "# Records"
+    if BEGIN not in text:
+        text = f"{text.rstrip()}\n\n{BEGIN}{END}\n"
+    before, _, rest = text.partition(BEGIN)
     old, end, after = rest.partition(END)
-    if begin and not end:
+    if not end:
         raise RecordError(f"{path} has the line '{BEGIN}' but not '{END}': put it back")
-    return (before, old, after) if begin else (text.rstrip("\n") + "\n\n", "", "\n")
+    return before, old, after
 
 
 def verify(folder: Path) -> int:

@@ -20,15 +20,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import fmean as mean, median
+from statistics import fmean as mean
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 import archive  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
-from archive import RecordError, Row, TRACKS  # noqa: E402
+from archive import RecordError, Row  # noqa: E402
 
 MAY_DIFFER = {"name", "preset", "config", "device", "device_batch_size", "compile", "log_every", "save_every",
               "records_dir"}  # of runs that count as the same
@@ -108,11 +109,11 @@ def measure(track: dict, rows: dict[str, Row], rounds: int, folder: Path) -> int
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    sides = [*models(track, rows, folder)]
-    seconds = {name: {"forward": [], "train": []} for name, *_ in sides}
-    tokens = max(model.cfg.device_batch_size * model.cfg.max_seq_len for _, model, _ in sides)
+    sides, times = {name: side for name, *side in models(track, rows, folder)}, []
+    tokens = max(model.cfg.device_batch_size * model.cfg.max_seq_len for model, _ in sides.values())
     for i in range(rounds + 2):
-        for name, model, optimizers in sides:
+        times.append([])
+        for model, optimizers in sides.values():
             B, T = model.cfg.device_batch_size, model.cfg.max_seq_len
             shards = tgs.Shards(model.cfg, "val")
             places = tgs.sequences(shards, model.cfg)
@@ -126,17 +127,21 @@ def measure(track: dict, rows: dict[str, Row], rounds: int, folder: Path) -> int
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            seconds[name]["train"].append(time.perf_counter() - middle)
-            seconds[name]["forward"].append((middle - start) * tokens / B / T)  # of as many tokens for all
-    ratios, unit = {}, {k: s[2:] for k, s in seconds[track["unit"]].items()}  # (the first two compile)
-    for name, of in seconds.items():
-        ratios[name] = {k: median(a / b for a, b in zip(s[2:], unit[k])) for k, s in of.items()}
-        print(f"{name:60s}" + "".join(f"  {k} {x:.3f} of {track['unit']}'s" for k, x in ratios[name].items()))
+            end = time.perf_counter()
+            times[i].append([(middle - start) * tokens / B / T, end - middle])  # forward: of as many tokens
+
+    def medians(each: Tensor) -> dict:
+        found = each.quantile(0.5, 0).tolist()
+        return {name: {"forward": forward, "train": train} for name, (forward, train) in zip(sides, found)}
+
+    each = torch.tensor(times[2:], dtype=torch.float64)  # (rounds, models, 2); the first two compile
+    unit = each[:, [[*sides].index(track["unit"])]]
     content = {"env": tgs.environment(tgs.Runtime(model.cfg), {"val": shards}), "rounds": rounds,
-               "seconds": {name: {k: median(s[2:]) for k, s in of.items()} for name, of in seconds.items()},
-               "ratios": ratios}
+               "seconds": medians(each), "ratios": medians(each / unit)}
     path = tgs.make_folder(folder, "times") / "times.json"
     tgs.write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+    for name, ratio in content["ratios"].items():
+        print(f"{name:60s}  forward {ratio['forward']:.3f}, train {ratio['train']:.3f} of {track['unit']}'s")
     print(f"record: {path.parent}")
     return 0
 
@@ -164,18 +169,18 @@ def main(argv: list[str] | None = None) -> int:
         cut = given.index("--") if "--" in given else len(given)
         parser = archive.Parser(__doc__)
         parser.add_argument("what", choices=("run", "time", "pack"))
-        parser.add_argument("of", nargs="?", default=next(iter(TRACKS)), metavar="TRACK",
-                            help=f"{', '.join(TRACKS)} (default: the first); to pack, also a folder of runs")
+        parser.add_argument("of", nargs="?", default=next(iter(archive.TRACKS)), metavar="TRACK",
+                            help=f"{', '.join(archive.TRACKS)} (default: the first); to pack, also a folder")
         parser.add_argument("--seeds", type=int, help="seeds of each row (default: the track's)")
         parser.add_argument("--rounds", type=int, default=9, help="measurements of each row (default: 9)")
         parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of the track (default: all)")
         parser.add_argument("--records_dir", type=Path, help="where its runs lie (default: records/TRACK)")
         args = parser.parse_args(given[:cut])
         if args.what == "pack":
-            return pack(ROOT / "records" / args.of if args.of in TRACKS else Path(args.of))
-        if args.of not in TRACKS:
+            return pack(ROOT / "records" / args.of if args.of in archive.TRACKS else Path(args.of))
+        if args.of not in archive.TRACKS:
             parser.error(f"{args.of} is no track of records/tracks.toml")
-        track, folder = TRACKS[args.of], args.records_dir or ROOT / "records" / args.of
+        track, folder = archive.TRACKS[args.of], args.records_dir or ROOT / "records" / args.of
         rows = {name: row for name, row in archive.rows_of(track).items() if row.flags is not None}
         if unknown := set(args.rows or ()) - set(rows):
             parser.error(f"{min(unknown)} is no row of {args.of} in records/tracks.toml")
