@@ -3,11 +3,12 @@
 The oracle is a transcription of the paper's equations in float64, with loops, that shares no code with the
 script.
 """
-import copy, dataclasses, errno, fcntl, functools, hashlib, importlib, importlib.util, json, math, os, pickle
-import pty, random, re, shutil, signal, socket, struct, subprocess, sys, sysconfig, tempfile, termios
-import threading, time
+import contextlib, copy, dataclasses, errno, fcntl, functools, hashlib, importlib, importlib.util, itertools
+import json, math, os, pickle, pty, random, re, shutil, signal, socket, struct, subprocess, sys, sysconfig
+import tempfile, termios, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean as mean
 from types import SimpleNamespace
 
 import numpy as np
@@ -2703,32 +2704,7 @@ def test_fineweb_imports_without_side_effects_and_knows_the_layouts():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# records/report.py and records/sweep.sh
-
-def report_module():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "records" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def report_record(parent, name, second=0, summary=(), env=(), **settings):
-    """A finished record as the trainer writes it, as far as the report reads it."""
-    folder = parent / f"2026-11-22_20-00-{second:02d}_{name}"
-    folder.mkdir(parents=True)
-    config = dict(control="proportional", n_layers=8, mean_target_end=0.25,
-                  train_files="data/demo/demo_train_*.bin",
-                  val_files="data/demo/demo_val_*.bin", val_tokens=None, batch_size=8, max_seq_len=256,
-                  num_steps=600, dim=128, vocab_size=257, preset="demo") | settings
-    env = dict(world_size=1, device="AMD EPYC", git_commit="0123456789abcdef", git_dirty=False) | dict(env)
-    summary = dict(interrupted=False, step=config["num_steps"], train_seconds=240.0, parameters=2167812,
-                   sparsity=0.39,
-                   cross_entropy=1.8983, estimated_flops_per_token=3.385e6, realised_flops_per_token=2.86e6,
-                   tokens_per_s=5120.0) | dict(summary)
-    for file, content in (("config", config), ("env", env), ("summary", summary)):
-        (folder / f"{file}.json").write_text(json.dumps(content))
-    return folder
-
+# records/plan.py and records/bench.py
 
 PLANNED = dict(dim=64, n_heads=4, n_layers=4, max_seq_len=256, vocab_size=512, device_batch_size=2,
                batch_size=2)
@@ -2839,259 +2815,9 @@ def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_p
     assert "matrix products alone" in capsys.readouterr().out
 
 
-def report_bench(parent, name, device):
-    folder = parent / f"2026-11-22_21-00-00_{name}"
-    folder.mkdir(parents=True)
-    row = dict(mode="train", variant="gated", sparsity=0.5, batch=4, seconds=0.123456, speedup=1.81,
-               flops_speedup=1.98, efficiency=0.92, mfu=0.59)
-    (folder / "bench.json").write_text(json.dumps(dict(
-        device=device, dtype="float32", config=dict(n_layers=12, dim=384, max_seq_len=512),
-        matmul_flops_per_s=1.35e11, rows=[dict(row, variant="dense", sparsity=None), row])))
-    return folder
-
-
-def report_run(capsys, *folders, out, draw=False):
-    module = report_module()
-    if not draw:  # most of a report's time
-        module.figure = lambda runs, path: ["figure: not drawn"]
-    status = module.main([*map(str, folders), "--out", str(out)])
-    return status, capsys.readouterr().out
-
-
-def load_report_and_tracks():
-    return importlib.import_module("report"), importlib.import_module("tracks")
-
-
-def frontier_record(folder, name, seed, loss, control="dense", flops=1.0, n_layers=8):
-    record = folder / f"2026-01-01_00-00-{seed:02d}_{name}_seed{seed}"
-    record.mkdir(parents=True)
-    (record / "summary.json").write_text(json.dumps(dict(
-        interrupted=False, step=1, cross_entropy=loss, control=control, n_layers=n_layers,
-        realised_flops_per_token=flops, train_flops=3 * flops, tokens_per_s=1.0, train_seconds=1.0)))
-    return record
-
-
-@pytest.mark.parametrize("t, df, p", [(0.0, 3, 0.5), (6.314, 1, 0.05), (2.92, 2, 0.05), (3.747, 4, 0.01),
-                                      (2.764, 10, 0.01), (-2.764, 10, 0.99), (2.326, 1e5, 0.01)])
-def test_the_tails_of_students_t_are_those_of_the_tables(t, df, p):
-    assert load_report_and_tracks()[1].survival(t, df) == pytest.approx(p, rel=2e-3)
-
-
-def test_a_row_beats_the_dense_line_only_with_four_seeds_a_side_and_p_under_a_hundredth(tmp_path):
-    report, tracks = load_report_and_tracks()
-    for seed in range(4):
-        jitter = 0.001 * (seed - 1.5)
-        frontier_record(tmp_path, "dense_8", seed, 1.0 + jitter, flops=1.0)
-        frontier_record(tmp_path, "dense_4", seed, 2.0 - jitter, flops=0.5, n_layers=4)
-        frontier_record(tmp_path, "good", seed, 1.45 + jitter, "proportional", 0.75)
-        frontier_record(tmp_path, "bad", seed, 1.55 + jitter, "proportional", 0.75)
-        frontier_record(tmp_path, "pre_dense_8", seed, 1.55 + jitter, flops=0.75)  # no point of the line
-        frontier_record(tmp_path, "wide", seed, 1.45 + 100 * jitter, "proportional", 0.75)
-        if seed < 3:
-            frontier_record(tmp_path, "few", seed, 1.45 + jitter, "proportional", 0.75)
-    rows = tracks.gather(tmp_path)
-    difference, p, _, error, df = tracks.against_line(rows["good"], rows, "forward FLOPs")
-    # the variances add: of the row, and of half of each neighbour
-    sd = rows["good"]["sd"] / 2 * math.sqrt(1 + 0.25 + 0.25)
-    assert difference == pytest.approx(-0.05) and sd > 0 and p == pytest.approx(
-        tracks.survival(0.05 / sd, 1.5**2 / (1 + 2 * 0.25**2) * 3), rel=1e-6)
-    assert error == pytest.approx(sd)
-    assert tracks.survival(tracks.quantile(0.01, df), df) == pytest.approx(0.01)
-    said = {name: tracks.verdict(row, rows, "training FLOPs").split(": ")[-1] for name, row in rows.items()}
-    assert said == {"dense_8": "-", "dense_4": "-", "good": "beats", "bad": "does not beat",
-                    "pre_dense_8": "does not beat", "wide": "does not beat", "few": "too few seeds"}
-    assert [line[0] for line in tracks.table(rows)[1:]][0] == "dense_8"
-    assert tracks.verdict(rows["good"], rows, "forward time") == "-"  # not measured
-    dense = tracks.dense_line(rows, "AdamW", "forward FLOPs")
-    assert tracks.shares(1.04, dense) == pytest.approx({"dense_4": -0.08, "dense_8": 1.08})
-    assert tracks.shares(1.06, dense) is tracks.shares(0.49, dense) is None
-
-
-def test_rows_of_another_regime_are_compared_with_dense_models_of_that_regime_alone(tmp_path):
-    _, tracks = load_report_and_tracks()
-    for seed in range(4):
-        jitter = 0.001 * (seed - 1.5)
-        frontier_record(tmp_path, "dense_8", seed, 1.0 + jitter, flops=1.0)
-        frontier_record(tmp_path, "dense_4", seed, 2.0 + jitter, flops=0.5, n_layers=4)
-        for name, loss, flops, n_layers in (("dense_6", 1.2, 0.75, 6), ("dense_4", 1.6, 0.5, 4),
-                                            ("good", 1.3, 0.625, 8), ("bad", 1.5, 0.625, 8)):
-            control = "dense" if name.startswith("dense") else "proportional"
-            frontier_record(tmp_path, f"b8_1600_{name}", seed, loss + jitter, control, flops, n_layers)
-        frontier_record(tmp_path, "b8_good", seed, 1.3, "proportional", 0.625)  # no line of its own
-    rows = tracks.gather(tmp_path)
-    assert rows["b8_1600_good"]["line"] == "AdamW, 1,600 steps of 8"
-    assert tracks.against_line(rows["b8_1600_good"], rows, "forward FLOPs")[0] == pytest.approx(-0.1)
-    assert tracks.verdict(rows["b8_1600_good"], rows, "forward FLOPs").endswith(": beats")
-    assert tracks.verdict(rows["b8_1600_bad"], rows, "forward FLOPs").endswith("does not beat")
-    assert "b8_good" not in [line[0] for line in tracks.table(rows)]
-    tracks.figure(rows, tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").stat().st_size > 5000
-
-
-def test_the_report_draws_which_tokens_skip_of_every_record_that_keeps_a_depth_table(tmp_path, capsys):
-    report, tracks = load_report_and_tracks()
-    for seed in range(3):
-        record = frontier_record(tmp_path / "frontier", "good", seed, 1.5, "proportional")
-        if seed:  # as `eval --depth` writes it
-            (record / "depth.json").write_text(json.dumps(
-                {"token": [["'a'", 2.0 + seed, 9], [repr("\n"), 1.0, 7], [f"'{seed}'", 4.0, 5]]}))
-    tables = tracks.depth_tables(tmp_path / "frontier")
-    assert [(name[-5:], table["'a'"]) for name, table in tables.items()] == [("seed1", (3.0, 9)),
-                                                                             ("seed2", (4.0, 9))]
-    assert report.main([str(tmp_path / "frontier"), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "letters.png").stat().st_size > 5000
-    assert "(letters.png)" in (tmp_path / "README.md").read_text()
-
-
-def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_its_rows_others(tmp_path):
-    _, tracks = load_report_and_tracks()
-    for seed in range(3):
-        frontier_record(tmp_path, "dense_8", seed, 1.0)
-    seeds = [frontier_record(tmp_path, "good", seed, 1.0, "proportional", 0.75).name for seed in range(3)]
-    both = lambda t: {"forward": t, "train": 2 * t}  # noqa: E731
-    for day, content in enumerate((  # the newest counts; the first records of times have no ratios
-            {"seconds": {"dense_8": both(1.0), "good": both(9.0)}},
-            {"seconds": {"dense_8": both(2.0), seeds[0]: both(1.0), seeds[2]: both(1.8)}},
-            {"seconds": {}, "ratios": {seeds[2]: {"forward": 0.7, "train": 0.7}}}), 1):
-        (folder := tmp_path / f"2026-11-0{day}_00-00-00_times").mkdir()
-        (folder / "times.json").write_text(json.dumps(content))
-    each = tracks.gather(tmp_path)["good"]["each"]
-    assert each["forward time"] == pytest.approx([0.5, 0.6, 0.7])
-    assert each["training time"] == pytest.approx([0.5, 0.6, 0.7])
-
-
-def test_a_seeds_time_is_compared_with_the_dense_models_of_its_own_measurement(tmp_path):
-    _, tracks = load_report_and_tracks()
-    for seed in range(2):
-        frontier_record(tmp_path, "dense_8", seed, 1.0 + 0.1 * seed)
-        frontier_record(tmp_path, "dense_4", seed, 2.0 - 0.1 * seed, n_layers=4)
-    seeds = [frontier_record(tmp_path, "good", seed, 1.5, "proportional", 0.75).name for seed in range(4)]
-    ratios = lambda **times: {name: {"forward": t, "train": t} for name, t in times.items()}  # noqa: E731
-    for day, (low, half, timed) in enumerate(((0.5, 0.75, seeds[:2]), (0.6, 0.8, seeds[2:])), 1):
-        (folder := tmp_path / f"2026-11-0{day}_00-00-00_times").mkdir()
-        content = ratios(dense_8=1.0, dense_4=low, **dict.fromkeys(timed, half))
-        (folder / "times.json").write_text(json.dumps({"seconds": {}, "ratios": content}))
-    rows = tracks.gather(tmp_path)
-    for cost in ("forward time", "training time"):  # half way between the dense models in each of the two
-        assert tracks.against_line(rows["good"], rows, cost)[0] == pytest.approx(0)
-
-
-def test_tracks_time_dense_rows_and_every_seed_whose_weights_are_there(tmp_path, corpus, monkeypatch, capsys):
-    _, tracks = load_report_and_tracks()
-    monkeypatch.setattr(tracks, "BASE", flags(corpus, tmp_path, device_batch_size=1, batch_size=1))
-    for seed in range(2):
-        assert tgs.main(flags(corpus, tmp_path, mean_target_end=0.25, seed=seed,
-                              name=f"gated_8_0.25_seed{seed}")) == 0
-    command = ["time", "--rounds", "1", "--rows", "gated_8_0.25", "dense_4", "random_8_0.25", "--records_dir"]
-    assert tracks.main([*command, str(tmp_path)]) == 0
-    assert "random_8_0.25 is left out" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*_times/times.json")
-    content = json.loads(path.read_text())
-    seconds, ratios = content["seconds"], content["ratios"]
-    assert ratios.keys() == seconds.keys() and ratios["dense_8"] == {"forward": 1.0, "train": 1.0}
-    assert seconds.keys() == {"dense_4", "dense_8", *(r.name for r in tmp_path.glob("*_seed?"))}
-    assert all(t["forward"] > 0 and t["train"] > 0 for t in seconds.values())
-
-
-def test_the_gain_of_further_blocks_is_found_in_the_tokens_that_have_it():
-    gain_of = importlib.import_module("gain")
-    random = torch.Generator().manual_seed(0)
-    token = torch.randint(10, (4000,), generator=random)
-    gain = (token < 2).float() + 0.1 * torch.randn(4000, generator=random)  # a fifth of the tokens has it
-    states = torch.nn.functional.one_hot(token, 12)[:, :11].float()  # (one column is empty)
-    seed = dict(token=token, states=states, entropy=-gain)  # the uncertainty misleads
-    curve = gain_of.curves(gain, [seed, seed])
-    half = [round(0.2 / 0.05), round(0.6 / 0.05)]
-    for name in ("token", "states"):
-        assert [curve[name][i] for i in (0, *half, -1)] == pytest.approx([0, 1, 1, 1], abs=0.04)
-    assert curve["entropy"][half[1]] < 0.01
-    even = gain_of.curves(torch.full((4000,), 0.5), [seed])
-    assert even["token"] == pytest.approx(gain_of.SHARES.tolist(), abs=1e-3)  # nothing is there to find
-
-
-def test_gain_compares_two_rows_and_places_the_others_between_them(tmp_path, corpus, capsys):
-    gain_of = importlib.import_module("gain")
-    for n_layers in (1, 3, 5):
-        for seed in range(4):
-            assert tgs.main(flags(corpus, tmp_path, control="dense", n_layers=n_layers, seed=seed,
-                                  num_steps=1, name=f"dense_{n_layers}_seed{seed}")) == 0
-    frontier_record(tmp_path, "dense_8", 0, 1.0)
-    frontier_record(tmp_path, "muon_dense_8", 0, 1.0)
-    frontier_record(tmp_path, "gated_8_0.25", 0, 1.0)
-    (tmp_path / "2026-01-01_00-00-00_my_seed_trial").mkdir()  # no row's record
-    command = ["--records_dir", str(tmp_path), "--shallow", "dense_1", "--deep"]
-    assert gain_of.main([*command, "dense_5"]) == 0 and "0.50 of the further FLOPs" in capsys.readouterr().out
-    (path,) = tmp_path.glob("*_gain/gain.json")
-    content = json.loads(path.read_text())
-    assert content["seeds"] == [4, 4] and path.with_name("gain.png").stat().st_size > 5000
-    assert content["rows"]["dense_1"][:2] == [0, 0] and content["rows"]["dense_5"][:2] == [1, 1]
-    assert all((curve[0], curve[-1]) == (0, 1) for curve in content["curves"].values())
-    states = gain_of.per_token(next(tmp_path.glob("*_dense_5_seed0")))["states"]  # behind the first block
-    assert states.shape == (content["tokens"], TINY["dim"])
-    assert states.square().mean(1).allclose(torch.ones(len(states)), atol=1e-3)
-    for deep, said in (("dense_8", "has no weights here: train a seed again with ./run.sh --config"),
-                       ("dense_7", "no finished record of the row dense_7"),
-                       ("gated_8_0.25", "not a row of dense models"),
-                       ("muon_dense_8", "not of one regime"), ("dense_1", "not deeper than dense_1")):
-        assert gain_of.main([*command, deep]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert said in line
-    assert len(list(tmp_path.glob("*_gain"))) == 1
-
-
-def test_tracks_run_what_is_not_recorded_seed_by_seed_and_resume_what_was_interrupted(tmp_path, monkeypatch,
-                                                                                      capsys):
-    _, tracks = load_report_and_tracks()
-    frontier_record(tmp_path, "dense_4", 0, 2.0)
-    stopped = frontier_record(tmp_path, "dense_8", 1, 2.0)
-    (stopped / "summary.json").write_text('{"interrupted": true}')
-    calls = []
-    monkeypatch.setattr(tracks.subprocess, "Popen", lambda command, **kw: (
-        calls.append(" ".join(command[2:])), SimpleNamespace(wait=lambda: 0))[1])
-    assert tracks.main(["run", "--seeds", "2", "--rows", "dense_8", "dense_4", "--records_dir",
-                        str(tmp_path)]) == 0
-    assert [re.search(r"--name (\S+)|--resume .*_(dense\S+)", c).group(1, 2) for c in calls] == [
-        ("dense_8_seed0", None), (None, "dense_8_seed1"), ("dense_4_seed1", None)]
-    assert "--seed 1" in calls[2] and "--n_layers 4" in calls[2] and "minutes left" in capsys.readouterr().out
-
-    waits = iter((KeyboardInterrupt, 0))  # Ctrl-C reaches the run too, which saves: it is waited for
-    def wait():
-        if (got := next(waits)) is KeyboardInterrupt:
-            raise got
-    monkeypatch.setattr(tracks.subprocess, "Popen", lambda command, **kw: SimpleNamespace(wait=wait))
-    assert tracks.main(["run", "--rows", "dense_2", "--records_dir", str(tmp_path)]) == 130
-    assert not list(waits)
-
-
-def test_verify_reads_every_record_again_and_names_the_one_that_disagrees(tmp_path, corpus, capsys):
-    report, _ = load_report_and_tracks()
-    for folder in ("a", "a/frontier"):
-        assert tgs.main(flags(corpus, tmp_path / folder, num_steps=3, metrics_every=2)) == 0
-    inner = only_record(tmp_path / "a" / "frontier")
-    verify = ["--verify", str(tmp_path / "a"), "--out", str(tmp_path)]
-    assert report.main(verify) == 0 and "2 records read, 0 wrong" in capsys.readouterr().out
-    for name, change, words in (
-            ("train_gpt_skip.py", lambda text: text + "# forked", "source_sha256"),
-            ("summary.json", lambda text: re.sub(r'(entropy": )[\d.]+', r"\g<1>0.5", text), "loss of 0.5"),
-            ("metrics.jsonl", lambda text: text.replace('"step": 2', '"step": 1'), "training steps once"),
-            ("config.json", lambda text: text[:40], "JSONDecodeError")):
-        before = (inner / name).read_text()
-        (inner / name).write_text(change(before))
-        assert report.main(verify) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and inner.name in error and words in error, error
-        (inner / name).write_text(before)
-    (inner / "train_gpt_skip.py").rename(inner / "fork.py")
-    (inner / "summary.json").rename(tmp_path / "summary.json")
-    assert report.main(verify) == 0 and "2 records read, 0 wrong, 1 unfinished" in capsys.readouterr().out
-    (tmp_path / "summary.json").rename(inner / "summary.json")
-    assert report.main(verify) == 0 and "unfinished" not in capsys.readouterr().out
-    assert report.main(["--verify"]) == 0  # the project's own
-
-
 def test_growth_compares_time_and_flops_at_a_constant_number_of_tokens(tmp_path, monkeypatch, capsys):
     """Of 1 and 2 processes too; and the report tables it."""
-    bench, report = (importlib.import_module(name) for name in ("bench", "report"))
+    bench = importlib.import_module("bench")
     monkeypatch.setattr(bench, "GROWTH_TOKENS", 32)
     monkeypatch.setattr(bench, "GROWTH", {"L": [dict(n_layers=2), dict(n_layers=4)],
                                           "processes": [dict(processes=1), dict(processes=2)]})
@@ -3106,100 +2832,7 @@ def test_growth_compares_time_and_flops_at_a_constant_number_of_tokens(tmp_path,
     assert all(r["over_flops"] > 0 for r in rows)
     assert rows[2]["flops_per_token"] > 1.5 * rows[0]["flops_per_token"] > 0
     assert rows[6]["flops_per_token"] == pytest.approx(rows[4]["flops_per_token"], rel=0.05)
-    assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 0
-    assert "time over what FLOPs predict" in (tmp_path / "README.md").read_text()
-
-
-def test_report_has_a_line_for_every_record_with_its_numbers(tmp_path, capsys):
-    report_record(tmp_path, "a")
-    report_record(tmp_path, "b", 1, control="dense", n_layers=4, env=dict(git_dirty=True, world_size=2))
-    status, text = report_run(capsys, tmp_path, out=tmp_path)
-    a, b = [line.split() for line in text.splitlines() if line.startswith("2026")]
-    assert status == 0
-    assert a == ["2026-11-22_20-00-00_a", "proportional", "0.25", "8", "2.17M", "600", "1.23M", "1.8983",
-                 "0.390", "3.38M", "2.86M", "240", "5120", "AMD", "EPYC", "0123456", "finished"]
-    assert b[1:3] == ["dense", "4"] and b[-6:] == ["2", "x", "AMD", "EPYC", "0123456+", "finished"]
-
-
-def test_report_takes_single_records_as_well_as_folders_of_records(tmp_path, capsys):
-    one, _ = report_record(tmp_path / "x", "one"), report_record(tmp_path / "x", "other", 1)
-    report_record(tmp_path / "y", "two")
-    _, text = report_run(capsys, one, tmp_path / "y", out=tmp_path)
-    assert "_one" in text and "_two" in text and "_other" not in text
-
-
-def test_report_rewrites_the_readme_between_its_markers_only(tmp_path, capsys):
-    report, readme = report_module(), tmp_path / "README.md"
-    before, after = b"# Mine\r\n\r\n\xc3\xa9 | text  \n", b"\n\n## Below\r\nno newline at the end"
-    readme.write_bytes(before + f"{report.BEGIN}\nold table\n{report.END}".encode() + after)
-    folder = report_record(tmp_path, "a")
-    report_run(capsys, tmp_path, out=tmp_path)
-    once = readme.read_bytes()
-    assert once.startswith(before) and once.endswith(after) and b"old table" not in once
-    assert f"| [{folder.name}]({folder.name}) | proportional 0.25 | 8 |".encode() in once
-    report_run(capsys, tmp_path, out=tmp_path)
-    assert readme.read_bytes() == once
-
-
-def test_report_adds_its_part_to_a_readme_without_markers_and_makes_one_where_there_is_none(tmp_path, capsys):
-    report_record(tmp_path / "r", "a")
-    report_run(capsys, tmp_path / "r", out=tmp_path / "r")
-    assert (tmp_path / "r" / "README.md").read_text().startswith("# Records\n")
-    (tmp_path / "r" / "README.md").write_text("notes")
-    report_run(capsys, tmp_path / "r", out=tmp_path / "r")
-    assert (tmp_path / "r" / "README.md").read_text().startswith("notes\n<!--")
-
-
-def test_report_leaves_a_readme_alone_whose_end_marker_is_missing(tmp_path, capsys):
-    report_record(tmp_path, "a")
-    (tmp_path / "README.md").write_text(text := f"x\n{report_module().BEGIN}\nmy text")
-    with pytest.raises(SystemExit, match="put it back"):
-        report_run(capsys, tmp_path, out=tmp_path)
-    assert (tmp_path / "README.md").read_text() == text
-
-
-def test_report_draws_the_figure_and_names_the_runs_that_it_leaves_out(tmp_path, capsys):
-    for i, L in enumerate((2, 4)):
-        report_record(tmp_path, f"dense{L}", i, control="dense", n_layers=L,
-                      summary=dict(sparsity=0.0, cross_entropy=3 - L / 4))
-    report_record(tmp_path, "none", 2, control="none")
-    for i in range(5):
-        report_record(tmp_path, f"steps{i}", 10 + i, num_steps=100 + i // 2)
-    _, text = report_run(capsys, tmp_path, out=tmp_path, draw=True)
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    left_out = [line for line in text.splitlines() if line.startswith("left out")]
-    assert len(left_out) == 1 and "_steps4" in left_out[0] and "demo: 102 steps" in left_out[0]
-
-
-@pytest.mark.parametrize("file, content, said", [
-    ("summary.json", '{"interrupted": false, "st', "damaged: summary.json"),
-    ("summary.json", "[]", "damaged: summary.json: not an object"),
-    ("summary.json", '{"interrupted": false, "step": 3}', "damaged: summary.json has no train_seconds"),
-    ("summary.json", '{"interrupted": true, "step": 3, "train_seconds": 1.5}', "interrupted"),
-    ("summary.json", None, "unfinished: no summary.json"),
-    ("config.json", '{"control": "none"}', "damaged: config.json has no n_layers"),
-    ("config.json", b"\xff\xfe", "damaged: config.json"),
-    ("env.json", None, "damaged: env.json"),
-    ("bench.json", '{"rows": 3}', "damaged: bench.json"),
-])
-def test_report_names_a_damaged_or_unfinished_record_in_one_line(tmp_path, capsys, file, content, said):
-    report_record(tmp_path, "whole")
-    folder = report_record(tmp_path, "other",
-                           1) if file != "bench.json" else tmp_path / "2026-11-22_20-00-01_bench"
-    folder.mkdir(exist_ok=True)
-    if content is None:
-        (folder / file).unlink()
-    else:
-        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, text = report_run(capsys, tmp_path, out=tmp_path)
-    lines = [line for line in text.splitlines() if folder.name in line]
-    assert status == 0 and len(lines) == 1 and said in lines[0]
-    assert "_whole" in text and said in (tmp_path / "README.md").read_text()
-
-
-def test_report_says_how_to_make_a_record_where_there_is_none(tmp_path, capsys):
-    status, text = report_run(capsys, tmp_path, out=tmp_path)
-    assert status == 0 and text.count("\n") == 1 and "./run.sh" in text and not list(tmp_path.iterdir())
+    assert report.main([str(tmp_path)]) == 0 and "over_flops" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["--preset", "demo"], ["--control", "dense"], ["--rounds", "0"],
@@ -3209,58 +2842,434 @@ def test_the_benchmark_refuses_what_it_cannot_measure_in_one_line(argv, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_report_shows_milliseconds_of_a_gpus_benchmark_only(tmp_path, capsys):
-    report_bench(tmp_path / "cpu", "bench", "AMD EPYC")
-    report_bench(tmp_path / "gpu", "bench", "NVIDIA H200")
-    _, cpu = report_run(capsys, tmp_path / "cpu", out=tmp_path)
-    _, gpu = report_run(capsys, tmp_path / "gpu", out=tmp_path)
-    assert "123.46" not in cpu and "123.46" in gpu and "1.98" in cpu
-    table = (tmp_path / "README.md").read_text()
-    assert "| train | gated | 0.50 | 4 | 123.46 | 1.81 | 1.98 | 0.92 | 0.59 |" in table
+# ----------------------------------------------------------------------------------------------------------
+# Records: live and packed ones (archive.py), tracks, report and show
+
+archive, report, tracks = map(importlib.import_module, ("archive", "report", "tracks"))
+LINE = ["dense_8", "dense_4", "b2_dense_6", "b2_dense_4"]
+TRACK = dict(title="a track", base="", line=LINE, unit="dense_8", seeds=4, p=0.01, target=1.4, settings={
+    name: ("dense", f"--control dense --n_layers {name[-1]}") for name in LINE})
 
 
-def report_sweep(tmp_path, *flags, layers="2 4", targets="0.0 0.5", status=0):
-    """records/sweep.sh with a stub for run.sh; returns the flags that each run was given, and what it
-    printed."""
-    stub = tmp_path / "run"
-    stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit {status}\n')
-    stub.chmod(0o755)
-    env = os.environ | dict(RUN=str(stub), PYTHON=sys.executable, LAYERS=layers, TARGETS=targets,
-                            RECORDS_DIR=str(tmp_path / "records"))
-    done = subprocess.run(["bash", str(ROOT / "records" / "sweep.sh"), *flags], env=env, capture_output=True,
-                          text=True)
-    calls = tmp_path / "calls"
-    lines = calls.read_text().splitlines() if calls.exists() else []
-    calls.unlink(missing_ok=True)
-    return lines, done
+def live_run(parent, row, seed=0, loss=1.0, flops=None, zero=0.5, second=0, **settings):
+    """The folder of a finished run, as the trainer leaves it: a consistent one, unless flops are given."""
+    dense = dict(control="dense") if "dense" in row else dict(mean_target_end=0.25)
+    c = dataclasses.asdict(Config(**TINY | dict(n_layers=8, num_steps=30, metrics_every=5, seed=seed,
+                                                name=f"{row}_seed{seed}") | dense | settings))
+    folder = parent / f"2026-01-01_00-{second:02d}-{seed:02d}_{c['name']}"
+    folder.mkdir(parents=True)
+    zeros, script = [0.0 if "control" in dense else zero] * c["n_layers"], f"a script of {row}\n"
+    gates = dict(gate_mean=[1 - z for z in zeros], gate_zero=zeros)
+    train = dict(kind="train", train_s=1.0, cross_entropy=2.5, grad_norm=0.5, mean_coef=zeros, var_coef=zeros)
+    found = [dict(kind="val", step=0, cross_entropy=2.5, **gates),
+             *(train | gates | dict(step=step) for step in range(0, 30, 5)),
+             dict(kind="val", step=30, cross_entropy=loss, **gates)]
+    flops, tokens = flops or archive.realised_flops(c, zeros)[1], 30 * c["batch_size"] * c["max_seq_len"]
+    summary = dict(found[-1], interrupted=False, ranks=1, sparsity=mean(zeros),
+                   realised_flops_per_token=flops, train_flops=3 * flops * tokens, train_seconds=2.0,
+                   tokens_per_s=tokens / 2)
+    env = dict(source_sha256=hashlib.sha256(script.encode()).hexdigest(), device="a CPU")
+    for name, content in dict(config=c, summary=summary, env=env).items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in found))
+    for name, text in ("train_gpt_skip.py", script), ("log.txt", "text"), ("plot.png", "picture"):
+        (folder / name).write_text(text)
+    return folder
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_sweep_runs_the_grid_skips_what_is_recorded_and_resumes_what_was_interrupted(tmp_path):
-    records, common = tmp_path / "records", dict(num_steps=100, lr=0.002)
-    report_record(records, "sweep-2-dense", control="dense", coef_update=0.0, n_layers=2, **common)
-    # by other flags
-    report_record(records, "sweep-4-dense", control="dense", coef_update=0.0, n_layers=4, num_steps=200)
-    report_record(records, "sweep-4-none", control="none", coef_update=0.0, n_layers=4, **common,
-                  env=dict(command="python train_gpt_skip.py --preset demo --optimizer adamw"))
-    cut = report_record(records, "sweep-4-0.0", n_layers=4, mean_target_end=0.0,
-                        summary=dict(interrupted=True), **common)
-    calls, done = report_sweep(tmp_path, "--preset", "demo", "--num_steps", "100", "--lr=2e-3", "--device",
-                               "cpu")
-    given = "--preset demo --num_steps 100 --lr=2e-3 --device cpu "
+def packed(parent):
+    assert tracks.main(["pack", str(parent)]) == 0
+    return parent
+
+
+def files(*folders):
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def comparison(folder):
+    return report.Comparison(folder, TRACK)
+
+
+@pytest.fixture
+def one_track(monkeypatch):
+    monkeypatch.setattr(archive, "TRACKS", {"track": TRACK})
+
+
+@few
+@given(st.sampled_from([dict(closing=0.4), dict(closing=0.8, n_layers=6), dict(control="dense", n_layers=3),
+                        dict(closing=0.4, gate_attention="none", compute="masked")]), st.integers(0, 99))
+def test_a_records_flops_are_the_scripts_where_no_gate_closes_and_else_bound_them(kw, seed):
+    model, cfg = random_model(seed, **kw)
+    inputs, targets = random_tokens(cfg, B=3, T=cfg.max_seq_len, seed=seed)
+    _, stats = model(inputs, targets)
+    zeros = tgs.gate_report(cfg, stats, inputs.numel())["gate_zero"]
+    low, high = archive.realised_flops(dataclasses.asdict(cfg), zeros)
+    flops = tgs.realised_flops(cfg, stats, inputs.numel()) / inputs.numel()
+    assert low * (1 - 1e-5) <= flops <= high * (1 + 1e-5)
+    assert flops == pytest.approx(high) or max(zeros) > 0
+
+
+# ---- packing
+
+def test_packing_loses_no_number_and_removes_only_what_it_packed(tmp_path):
+    runs = [live_run(tmp_path, row) for row in ("gated", "dense_8", "other", "unfinished")]
+    before = {run: archive.complete(archive.live(run)) for run in runs[:3]}
+    (runs[0] / "model.safetensors").write_bytes(b"weights")
+    (runs[3] / "summary.json").write_text('{"interrupted": true}')
+    kept = files(runs[3])
+    packed(tmp_path)
+    for folder, (run, curve) in before.items():
+        line, thin = archive.find(folder)
+        assert line == {k: run[k] for k in archive.KEPT}
+        places = [curve["step"].index(step) for step in (0, 25)]
+        assert thin == {"name": folder.name} | {k: [v[i] for i in places] for k, v in curve.items()}
+        assert (tmp_path / "scripts" / f"{line['script']}.py").read_text().startswith("a script of")
+    assert [p.name for p in sorted(runs[0].iterdir())] == ["config.json", "model.safetensors"]
+    assert [run.exists() for run in runs] == [True, False, False, True] and files(runs[3]) == kept
+    once = files(tmp_path)
+    assert files(packed(tmp_path)) == once  # again: nothing is there twice
+
+
+def test_packing_that_is_killed_at_any_point_loses_nothing_and_is_finished_by_the_next(tmp_path, monkeypatch):
+    def dying(call, left):
+        def dies(*args, **kw):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return call(*args, **kw)
+        return dies
+
+    packings, status = [], 130
+    while status == 130:
+        left, folder = iter(range(len(packings))), tmp_path / str(len(packings))
+        names = [live_run(folder, row).name for row in ("gated", "dense_8")]
+        with monkeypatch.context() as patch:
+            for of, name in (os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "rmdir"):
+                patch.setattr(of, name, dying(getattr(of, name), left))
+            status = tracks.main(["pack", str(folder)])
+        for path in sorted(folder.glob("*.jsonl"))[:status]:
+            path.write_bytes(path.read_bytes() + b'{"name": "a part of a li')
+        tracks.main(["pack", str(folder)])
+        assert not list(folder.glob("*/*.json*"))
+        packings.append([archive.find(folder / name) for name in names])
+    assert len(packings) > 20 and packings == [packings[-1]] * len(packings)
+
+
+def test_packing_refuses_a_damaged_run_and_another_of_the_same_name_in_one_line_each(tmp_path, capsys):
+    live_run(tmp_path, "gated")
+    packed(tmp_path)
+    refused = live_run(tmp_path, "gated", loss=1.5), live_run(tmp_path, "dense_8")
+    change(refused[1] / "summary.json", '"cross_entropy": 1.0', '"cross_entropy": 1.1')
+    live_run(tmp_path, "whole")
+    before = files(*refused)
+    assert tracks.main(["pack", str(tmp_path)]) == 2
+    damaged, another = capsys.readouterr().err.splitlines()
+    assert "cross_entropy of 1.1" in damaged and "another run of this name" in another
+    assert files(*refused) == before
+    assert [line["row"] for line in archive.lines(tmp_path / "runs.jsonl")] == ["gated", "whole"]
+
+
+def test_a_run_that_is_done_again_to_the_same_digits_has_the_same_hash_of_its_metrics(tmp_path):
+    first, again, other = (live_run(tmp_path, "gated", 0, loss, second=i) for i, loss in enumerate((1, 1, 2)))
+    change(again / "metrics.jsonl", '"train_s": 1.0', '"train_s": 7.0')
+    hashes = [archive.metrics_hash(archive.read_events(run)) for run in (first, again, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+# ---- what decides
+
+@pytest.mark.parametrize("t, df, p", [(0.0, 3, 0.5), (6.314, 1, 0.05), (2.92, 2, 0.05), (3.747, 4, 0.01),
+                                      (-2.764, 10, 0.99), (2.326, 1e5, 0.01)])
+def test_the_tails_of_students_t_are_those_of_the_tables(t, df, p):
+    assert report.survival(t, df) == pytest.approx(p, rel=2e-3)
+
+
+def test_a_row_beats_the_dense_line_only_with_seeds_enough_a_side_and_p_under_the_tracks(tmp_path):
+    for seed in range(4):
+        jitter = 0.001 * (seed - 1.5)
+        live_run(tmp_path, "dense_8", seed, 1.0 + jitter, 1.0)
+        live_run(tmp_path, "dense_4", seed, 2.0 - jitter, 0.5, n_layers=4)
+        live_run(tmp_path, "pre_dense_8", seed, 1.55 + jitter, 0.75)  # no point of the line
+        live_run(tmp_path, "good", seed, 1.45 + jitter, 0.75)
+        live_run(tmp_path, "wide", seed, 1.45 + 100 * jitter, 0.75)
+        live_run(tmp_path, "few" if seed < 3 else "other", seed, 1.45 + jitter, 0.75)
+    c = comparison(tmp_path)
+    difference, p, _, error, _ = c.against["forward FLOPs"]["good"]
+    # the variances add: of the row, and of half of each neighbour
+    sd = c.rows["good"].sd / 2 * math.sqrt(1 + 0.25 + 0.25)
+    assert difference == pytest.approx(-0.05) and error == pytest.approx(sd)
+    assert p == pytest.approx(report.survival(0.05 / sd, 1.5**2 / (1 + 2 * 0.25**2) * 3), rel=1e-6)
+    said = {row: c.verdict(x, "beat").split(": ")[-1] for row, x in c.against["training FLOPs"].items()}
+    assert said == dict(good="beats", pre_dense_8="does not beat", wide="does not beat",
+                        few="too few seeds", other="too few seeds")
+    assert c.against["forward time"] == {}  # not measured
+    dense = c.dense_line(c.rows["good"].line, "forward FLOPs")
+    assert report.shares(1.04, dense) == pytest.approx({"dense_4": -0.08, "dense_8": 1.08})
+    assert report.shares(1.06, dense) is report.shares(0.49, dense) is None
+    strict = report.Comparison(tmp_path, TRACK | dict(p=1e-12))
+    assert "does not beat" in strict.verdict(strict.against["forward FLOPs"]["good"], "beat")
+
+
+def test_rows_of_another_regime_are_compared_with_dense_models_of_that_regime_alone(tmp_path):
+    """Batch, steps, length, optimizer or cooldown: the configs tell, not the names."""
+    other = dict(optimizer="muon", cooldown_fraction=0.5)
+    for seed in range(4):
+        live_run(tmp_path, "dense_8", seed, 1.0, 1.0)
+        live_run(tmp_path, "dense_4", seed, 2.0 + 0.001 * seed, 0.5, n_layers=4)
+        live_run(tmp_path, "b2_dense_6", seed, 1.2, 0.75, n_layers=6, **other)
+        live_run(tmp_path, "b2_dense_4", seed, 1.6, 0.5, n_layers=4, **other)
+        live_run(tmp_path, "good", seed, 1.3 + 0.001 * seed, 0.625, **other)
+        live_run(tmp_path, "alone", seed, 1.3, 0.625, max_seq_len=4)  # no line of its own
+    c = comparison(tmp_path)
+    assert c.rows["good"].line == "muon, 30 steps of 4 x 8, wsd" == c.rows["b2_dense_6"].line
+    assert c.against["forward FLOPs"]["good"][0] == pytest.approx(-0.1, abs=0.002)
+    assert "alone" not in c.against["forward FLOPs"]
+
+
+def write_times(folder, day, **times):
+    (place := folder / f"2026-11-0{day}_00-00-00_times").mkdir()
+    ratios = {name: {"forward": t, "train": t} for name, t in times.items()}
+    (place / "times.json").write_text(json.dumps({"ratios": ratios}))
+
+
+def test_a_seed_costs_its_own_measured_time_and_one_without_weights_the_mean_of_its_rows_others(tmp_path):
+    live_run(tmp_path, "dense_8", 0, flops=1.0)
+    seeds = [live_run(tmp_path, "good", seed, flops=0.75).name for seed in range(3)]
+    write_times(tmp_path, 1, dense_8=1.0, good=9.0)
+    write_times(tmp_path, 2, dense_8=1.0, **{seeds[0]: 0.5, seeds[2]: 0.9})
+    write_times(tmp_path, 3, **{seeds[2]: 0.7})  # the newest counts
+    each = comparison(tmp_path).rows["good"].each
+    assert each["forward time"] == each["training time"] == pytest.approx([0.5, 0.6, 0.7])
+
+
+def test_a_seeds_time_is_compared_with_the_dense_models_of_its_own_measurement(tmp_path):
+    for seed in range(2):
+        live_run(tmp_path, "dense_8", seed, 1.0 + 0.1 * seed, 1.0)
+        live_run(tmp_path, "dense_4", seed, 2.0 - 0.1 * seed, 0.5, n_layers=4)
+    seeds = [live_run(tmp_path, "good", seed, 1.5, 0.75).name for seed in range(4)]
+    write_times(tmp_path, 1, dense_8=1.0, dense_4=0.5, **dict.fromkeys(seeds[:2], 0.75))
+    write_times(tmp_path, 2, dense_8=1.0, dense_4=0.6, **dict.fromkeys(seeds[2:], 0.8))
+    against = comparison(tmp_path).against
+    for cost in ("forward time", "training time"):  # half way between the dense models in each of the two
+        assert against[cost]["good"][0] == pytest.approx(0)
+
+
+# ---- tracks
+
+def test_every_packed_run_is_one_that_its_rows_flags_make():
+    for name, track in archive.TRACKS.items():
+        rows, base = archive.rows_of(track), track["base"].split()
+        asked = {row: tracks.settings_of([*base, *it.flags]) for row, it in rows.items() if it.flags}
+        for run in archive.runs(ROOT / "records" / name):
+            assert run["row"] in rows and run["name"].endswith(run["config"]["name"])
+            for key, value in asked.get(run["row"], {}).items():
+                assert key == "seed" or run["config"].get(key, value) == value, (run["name"], key)
+
+
+def test_tracks_run_what_is_not_recorded_with_these_flags_and_resume_what_was_interrupted(
+        tmp_path, monkeypatch, capsys, one_track):
+    base = TINY | dict(num_steps=30, mean_target_end=0.25, metrics_every=5)
+    monkeypatch.setitem(TRACK, "base", " ".join(f"--{k} {v}" for k, v in base.items()))
+    live_run(tmp_path, "dense_4", mean_target_end=0.25, n_layers=4)
+    packed(tmp_path)
+    stopped = live_run(tmp_path, "dense_8", 1, mean_target_end=0.25)
+    (stopped / "summary.json").write_text('{"interrupted": true}')
+    calls, waits = [], iter([0, 3, 0, 0, 0, 0, 0, KeyboardInterrupt, 0])
+
+    def wait():
+        if (status := next(waits)) is KeyboardInterrupt:
+            raise status
+        return status
+
+    monkeypatch.setattr(tracks.subprocess, "Popen", lambda command, **kw: (
+        calls.append(" ".join(command)), SimpleNamespace(wait=wait))[1])
+    command = ["run", "--seeds", "2", "--rows", "dense_8", "dense_4", "--records_dir", str(tmp_path)]
+    assert tracks.main(command) == 2  # one of them failed; the others ran
+    assert [re.search(r"--name (\S+)|--resume .*_(dense\S+)", c).group(1, 2) for c in calls] == [
+        ("dense_8_seed0", None), (None, "dense_8_seed1"), ("dense_4_seed1", None)]
+    said = capsys.readouterr()
+    assert "minutes left" in said.out and "failed, see above: dense_8, seed 1" in said.err
+    assert calls[2].startswith("bash run.sh --dim 16") and "--n_layers 4 --seed 1" in calls[2]
+    assert tracks.main([*command, "--", "--lr", "0.5"]) == 0  # other flags: other runs
+    assert len(calls) == 7 and all("--lr 0.5" in call for call in calls[3:])
+    assert tracks.main(command) == 130 and not list(waits)  # Ctrl-C: the run saves, and is waited for
+
+
+def test_tracks_time_dense_rows_and_every_seed_whose_weights_are_there(tmp_path, corpus, monkeypatch, capsys,
+                                                                       one_track):
+    base = flags(corpus, tmp_path, device_batch_size=1, batch_size=1)
+    monkeypatch.setitem(TRACK, "base", " ".join(base))
+    gated = {name: (name, "--mean_target_end 0.25") for name in ("gated", "other")}
+    monkeypatch.setitem(TRACK, "settings", TRACK["settings"] | gated)
+    for seed in range(2):
+        of_seed = ["--mean_target_end", "0.25", "--seed", str(seed), "--name", f"gated_seed{seed}"]
+        assert tgs.main([*base, *of_seed]) == 0
+    packed(tmp_path)  # the weights stay
+    command = ["time", "--rounds", "1", "--rows", "gated", "dense_4", "other", "--records_dir", str(tmp_path)]
+    assert tracks.main(command) == 0
+    assert "other is left out" in capsys.readouterr().out
+    (content,) = archive.measurements(tmp_path, "times")
+    assert content["ratios"]["dense_8"] == {"forward": 1.0, "train": 1.0}
+    assert content["ratios"].keys() == content["seconds"].keys() == {
+        "dense_4", "dense_8", *(path.name for path in tmp_path.glob("*_seed?"))}
+    assert all(t["forward"] > 0 and t["train"] > 0 for t in content["seconds"].values())
+
+
+@pytest.mark.parametrize("argv, said", [(["run", "nowhere"], "no track"), (["run", "--rows", "x"], "no row"),
+                                        (["run", "--", "--nonsense", "1"], "--nonsense"), ([], "required"),
+                                        (["pack", "nowhere"], "no live record")])
+def test_tracks_name_a_mistake_in_one_line(argv, said, capsys):
+    assert tracks.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+
+
+# ---- report
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def reported(tmp_path, one_track):
+    """Of a report on live runs: its folder."""
+    for seed in range(4):
+        live_run(tmp_path / "track", "dense_8", seed, 1.0 + 0.001 * seed)
+        live_run(tmp_path / "track", "dense_4", seed, 2.0 + 0.001 * seed, n_layers=4)
+        live_run(tmp_path / "track", "gated", seed, 1.3 + 0.001 * seed, zero=0.25)
+    write_times(tmp_path / "track", 1, dense_8=1.0, dense_4=0.625, gated=0.8125)
+    assert report.main([str(tmp_path)]) == report.main(["--verify", str(tmp_path)]) == 0
+    return tmp_path
+
+
+def test_live_and_packed_runs_give_the_same_report(reported):
+    text = (reported / "README.md").read_text()
+    packed(reported / "track")
+    assert report.main([str(reported)]) == report.main(["--verify", str(reported)]) == 0
+    assert (reported / "README.md").read_text() == text and "| gated | - | 1.3015 ± 0.0013 (4) |" in text
+    assert (reported / "track.png").read_bytes().startswith(b"\x89PNG")
+
+
+@few
+@given(st.sampled_from(["runs.jsonl", "curves.jsonl", "times.jsonl", "../README.md"]), st.integers(0, 10**9),
+       st.sampled_from("0123456789"))
+def test_verify_notices_a_changed_digit_of_any_packed_number_or_table(reported, name, place, digit):
+    path = reported / "track" / name
+    if not (reported / "track" / "runs.jsonl").exists():
+        packed(reported / "track")
+    before = path.read_text()
+    digits = [m.start() for m in re.finditer(r"\d", before)]
+    place = digits[place % len(digits)]
+    path.write_text(before[:place] + digit + before[place + 1:])
+    assert report.main(["--verify", str(reported)]) == (0 if path.read_text() == before else 2)
+    path.write_text(before)
+
+
+@pytest.mark.parametrize("file, old, new, said", [
+    ("train_gpt_skip.py", "a script", "b script", "source_sha256"),
+    ("summary.json", '"step": 30', '"step": 31', "every 5 of 31"),
+    ("summary.json", '"cross_entropy": 1.0', '"cross_entropy": 1.5', "cross_entropy of 1.5"),
+    ("summary.json", '"sparsity": 0.5', '"sparsity": 0.6', "sparsity of 0.6"),
+    ("summary.json", '"train_seconds": 2.0', '"train_seconds": 3.0', "tokens_per_s"),
+    ("summary.json", '_token": ', '_token": 9', "realised_flops_per_token"),
+    ("summary.json", '"train_flops": ', '"train_flops": 9', "train_flops"),
+    ("metrics.jsonl", '"step": 5', '"step": 6', "training steps once"),
+    ("metrics.jsonl", '"gate_zero": [0.5', '"gate_zero": [0.6', "gate_zero"),
+    ("config.json", '"dim": 16', '"dim": 18', "realised_flops_per_token"),
+    ("config.json", '"dim": 16', '"dim": "x"', "TypeError"), ("env.json", "}", "", "damaged: env.json")])
+def test_verify_holds_a_live_run_against_itself_and_names_what_disagrees(tmp_path, file, old, new, said,
+                                                                         capsys):
+    live_run(tmp_path, "dense_8"), live_run(tmp_path, "running")
+    (tmp_path / "2026-01-01_00-00-00_running_seed0" / "summary.json").unlink()
+    run = live_run(tmp_path, "gated")
+    assert report.main([str(tmp_path)]) == report.main(["--verify", str(tmp_path)]) == 0
+    assert "3 runs read, 0 wrong" in capsys.readouterr().out
+    change(run / file, old, new)
+    assert report.main(["--verify", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and run.name in error and said in error
+
+
+def test_verify_finds_nothing_wrong_in_the_projects_own_records(capsys):
+    assert report.main(["--verify"]) == 0 and ", 0 wrong" in capsys.readouterr().out
+
+
+def test_report_rewrites_the_readme_between_its_markers_only(tmp_path):
+    readme, before, after = tmp_path / "README.md", b"# Mine\r\n\xc3\xa9 | text  \n", b"\n\nBelow\r\n no end"
+    readme.write_bytes(before + f"{report.BEGIN}\nold table\n{report.END}".encode() + after)
+    folder = live_run(tmp_path, "gated")
+    for _ in range(2):
+        assert report.main([str(tmp_path)]) == 0
+        text = readme.read_bytes()
+        assert text.startswith(before) and text.endswith(after) and b"old table" not in text
+        assert f"| {folder.name} | proportional | 8 | 30 | 1.0000 | 0.5000 |".encode() in text
+    readme.write_text("notes")  # without markers: added
+    assert report.main([str(tmp_path)]) == 0 and readme.read_text().startswith("notes\n\n<!--")
+    readme.unlink()
+    assert report.main([str(tmp_path)]) == 0 and readme.read_text().startswith("# Records\n\n<!--")
+    readme.write_text(f"{report.BEGIN}\nmy text")  # whose end is missing: left alone
+    assert report.main([str(tmp_path)]) == 2 and readme.read_text().endswith("my text")
+
+
+def test_report_shows_25_rows_of_a_table_and_folds_the_others_away():
+    text = report.markdown("many", [dict(row=f"row {i}") for i in range(30)], ["row"])
+    shown, folded = text.split("<details>")
+    assert (shown.count("| row "), folded.count("| row ")) == (25 + 1, 5 + 1) and "many, the rest" in folded
+
+
+def test_report_draws_the_papers_figure_2_of_a_track_that_decides_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(archive, "TRACKS", {"grid": dict(title="Figure 2", settings={})})
+    for row in ("sweep-2-dense", "sweep-8-0.25"):
+        live_run(tmp_path / "grid", row)
+    assert report.main([str(tmp_path)]) == 0 and (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    assert "sweep-8-0.25_seed0 | proportional" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("summary.json", "[]", "damaged: summary.json: not an object"),
+    ("summary.json", '{"interrupted": true, "step": 3}', "interrupted"),
+    ("summary.json", None, "unfinished: no summary.json"),
+    ("config.json", b"\xff\xfe", "damaged: config.json")])
+def test_report_names_a_damaged_or_unfinished_record_in_one_line(tmp_path, capsys, file, content, said):
+    live_run(tmp_path, "whole")
+    path = live_run(tmp_path, "other") / file
+    path.write_bytes(content.encode() if isinstance(content, str) else content or b"")
+    if content is None:
+        path.unlink()
+    assert report.main([str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if path.parent.name in line]
+    assert len(lines) == 1 and said in lines[0] and "whole" in (tmp_path / "README.md").read_text()
+
+
+def test_report_says_how_to_make_a_record_where_there_is_none(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 0 and not list(tmp_path.iterdir())
+    text = capsys.readouterr().out
+    assert text.count("\n") == 1 and "./run.sh" in text
+
+
+# ---- show
+
+def test_show_draws_and_tells_of_a_running_a_finished_and_a_packed_run(tmp_path, capsys):
+    run = live_run(tmp_path, "gated")
+    summary = (run / "summary.json").rename(tmp_path / "summary.json")
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"kind": "train", "st')  # being written
+    assert show.main([str(run), "--plot"]) == show.main([str(run)]) == 0
+    assert "is not finished" in capsys.readouterr().out
+    summary.rename(run / "summary.json")
+    live_run(tmp_path, "dense_8")
+    for next_step, plot in ("./run.sh sample", run / "plot.png"), ("./run.sh --config", Path(f"{run}.png")):
+        assert show.main([str(run)]) == show.main([str(run), "--plot"]) == 0
+        text = capsys.readouterr().out
+        assert text.count("|████████████            |  50.0%") == 8 and "dense (0." in text
+        assert next_step in text and plot.read_bytes().startswith(b"\x89PNG")
+        if run.exists():
+            packed(tmp_path)
+    assert show.main([str(tmp_path / "nothing")]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_show_needs_neither_torch_nor_the_script():
+    code = "import sys, show; assert not {'torch', 'matplotlib', 'train_gpt_skip'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "records", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert calls == [
-        f"{given}--control dense --coef_update 0 --n_layers 4 --name sweep-4-dense --records_dir {records}",
-        f"{given}--control none --coef_update 0 --n_layers 4 --name sweep-4-none --records_dir {records}",
-        f"--resume {cut}",
-        f"{given}--control proportional --mean_target_end 0.5 --n_layers 4 "
-        f"--name sweep-4-0.5 --records_dir {records}"]
-    assert "sweep-2-dense finished" in done.stdout and (records / "README.md").exists()
-
-
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-def test_sweep_goes_on_after_a_run_that_fails_and_says_so_at_the_end(tmp_path):
-    calls, done = report_sweep(tmp_path, f"--records_dir={tmp_path / 'other'}", layers="2", targets="0.5",
-                               status=3)
-    assert len(calls) == 3 and all(c.endswith(f"--records_dir {tmp_path / 'other'}") for c in calls)
-    assert done.returncode == 1 and "failed: sweep-2-dense sweep-2-none sweep-2-0.5" in done.stderr

@@ -1,368 +1,384 @@
-"""Tables of all records, and the paper's Figure 2 of them.
+"""Tables, figures and decisions from all records, live and packed.
 
-    ./run.sh report                     # every record beside this script
-    ./run.sh report DIR... --out DIR    # of records, or of folders that hold records
-    ./run.sh report --verify            # re-read every record; exit 2 if one is off
+    ./run.sh report [FOLDER]     # of FOLDER, which holds records (default: this one)
+    ./run.sh report --verify     # read every number again; exit 2 if one is off
 
-Prints a line a record (and benchmarks' rows), writes the same between two markers of OUT/README.md, whose
-other text stays as it is, and draws OUT/pareto.png: validation loss against estimated FLOPs, measured time
-and sparsity. Only runs of the same data, batch, steps, width and vocabulary share a row of the figure; times
-are compared on one machine only.
+It prints its tables, writes them between two markers of FOLDER/README.md, whose other text stays as it is,
+and draws FOLDER/TRACK.png, of each track of records/tracks.toml: its rows against their dense lines, or,
+where it decides nothing, the paper's Figure 2.
+
+--verify notices any changed number of a packed run, of a measurement, of a script or of the README's tables;
+and of a finished live run what its other files tell: its script, and the summary's loss, gates, sparsity,
+rate and FLOPs. These are exact where no gate closed, else within what the gates allow, since a record lacks
+the number of pairs that attention had.
 """
-import argparse
-import hashlib
-import json
 import math
 import os
-import re
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean as mean, stdev
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-import tracks  # noqa: E402
+import archive  # noqa: E402
+from archive import RecordError  # noqa: E402
+from show import estimated_flops, targets  # noqa: E402
 
 BEGIN, END = "<!-- records/report.py: begin -->", "<!-- records/report.py: end -->"
-FOLDER, FILES = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_."), ("config.json", "summary.json", "bench.json")
-GPU = re.compile("NVIDIA|Tesla|GeForce|Quadro|Instinct")
-WITH_TARGET = ("sparsity_variance_l2", "random", "adaptive", "proportional", "proportional_derivative")
-MARKERS = dict(none="D", sparsity="v", sparsity_variance="^", sparsity_variance_l2="P", adaptive="*",
-               proportional="o", proportional_derivative="h", random="X")
-TYPES = dict(control=str, train_files=str, val_files=str, mean_target_end=(int, float), batch_size=int,
-             max_seq_len=int)
-MAX_ROWS = 3  # of the figure
+SHOWN = 25  # rows of a table that are not folded away
+TIMED = {"forward time": "forward", "training time": "train"}  # what a line of times.jsonl calls them
+COSTS = ["forward FLOPs", "training FLOPs", *TIMED]
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+# ---- a track's rows, and what decides ---------------------------------------------------------------------
 
-def is_record(folder: Path) -> bool:
-    return folder.is_dir() and bool(FOLDER.match(folder.name) or any((folder / f).exists() for f in FILES))
+def survival(t: float, df: float) -> float:
+    """P(T > t) of Student's t with df degrees of freedom: where T = sqrt(df) tan(a), a has a density that is
+    proportional to cos(a)^(df - 1)."""
+    def area(low):
+        a = np.linspace(low, math.pi / 2, 100_001)
+        return np.trapezoid(np.cos(a).clip(0) ** (df - 1), a)
 
-
-def is_run(folder: Path) -> bool:
-    """A training run's record, not one of a measurement."""
-    return not any((folder / f).exists() for f in ("bench.json", "times.json", "gain.json"))
-
-
-def find_records(folders: list[Path]) -> list[Path]:
-    """The records among these folders and directly inside them, in order of name."""
-    found = {p.resolve() for f in folders for p in ([f] if is_record(f) else f.iterdir()) if is_record(p)}
-    return sorted(found, key=lambda p: (p.name, p))
+    return area(math.atan(t / math.sqrt(df))) / area(-math.pi / 2)
 
 
-def read(path: Path) -> dict:
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
+class Row:
+    """The finished seeds of a setting, by seed."""
+
+    def __init__(self, name: str, known: archive.Row | None, runs: list[dict], timed: dict):
+        c = runs[0]["config"]
+        wsd = ", wsd" if c.get("cooldown_fraction") else ""
+        self.line = (f"{c.get('optimizer', 'adamw')}, {c['num_steps']:,} steps of {c['batch_size']} x "
+                     f"{c['max_seq_len']}{wsd}")  # rows of the same share a dense line
+        self.name, (self.what, _, self.dense) = name, known or ("-", None, False)
+        self.n_layers, self.steps, self.n = c["n_layers"], c["num_steps"], len(runs)
+        self.losses = [run["summary"]["cross_entropy"] for run in runs]
+        self.mean, self.sd = mean(self.losses), stdev(self.losses) if self.n > 1 else math.nan
+        found = [timed.get(run["name"], timed.get(name, ({}, {}))) for run in runs]
+        self.measured = [measured for _, measured in found]  # all times of the measurement that has it
+        costs = [costs_of(run, times) for run, (times, _) in zip(runs, found)]
+        self.each = {cost: [of[cost] for of in costs] for cost in COSTS}  # (Comparison: over the unit's)
+
+    def cost(self, name: str) -> float:
+        return mean(self.each[name])
 
 
-def read_run(folder: Path) -> dict:
-    """A training run, flat: `state`, and as much as its files tell. Raises nothing for a damaged file."""
-    run, name = dict(name=folder.name), "config.json"
-    try:
-        if not (folder / name).exists() and not (folder / "summary.json").exists():
-            return run | dict(state="unfinished: no config.json")
-        cfg = read(folder / name)
-        keys = ("control", "n_layers", "mean_target_end", "train_files", "val_files", "val_tokens",
-                "batch_size", "max_seq_len", "num_steps", "dim", "vocab_size")
-        if wrong := [k for k in keys if not isinstance(cfg[k], TYPES.get(k, (int, float, type(None))))]:
-            raise ValueError(f"{wrong[0]} is {cfg[wrong[0]]!r}")
-        run |= {k: cfg[k] for k in keys}
-        run["recipe"] = tuple(cfg.get(k) for k in ("optimizer", "lr", "cooldown_fraction", "shuffle", "norm"))
-        step_tokens = cfg["batch_size"] * cfg["max_seq_len"]
-        name = "env.json"
-        env = read(folder / name)
-        run["hardware"] = f"{env['world_size']} x " * (env["world_size"] > 1) + env["device"]
-        run["commit"] = env["git_commit"][:7] + "+" * env["git_dirty"] if env["git_commit"] else None
-        name = "summary.json"
-        if not (folder / name).exists():
-            return run | dict(state="unfinished: no summary.json (running, or ended early)")
-        summary = read(folder / name)
-        run |= dict(step=int(summary["step"]), tokens=summary["step"] * step_tokens, state="interrupted",
-                    train_s=float(summary["train_seconds"]))
-        if summary["interrupted"]:
-            return run
-        run |= dict(parameters=int(summary["parameters"]), loss=float(summary["cross_entropy"]),
-                    sparsity=float(summary["sparsity"]),
-                    estimated=(e := summary.get("estimated_flops_per_token")) and float(e),  # show.py's
-                    realised=float(summary["realised_flops_per_token"]), rate=float(summary["tokens_per_s"]))
-        return run | dict(state="finished")
-    except KeyError as e:
-        return run | dict(state=f"damaged: {name} has no {e.args[0]}")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        return run | dict(state=f"damaged: {name}: {e}".replace("\n", " "))
+def costs_of(run: dict, times: dict) -> dict[str, float]:
+    """NaN: not known."""
+    s, c = run["summary"], run["config"]
+    step = 3 * s["realised_flops_per_token"] * c["batch_size"] * c["max_seq_len"]  # of the trained gates
+    return {"forward FLOPs": s["realised_flops_per_token"], "training FLOPs": s["train_flops"],
+            "forward time": times.get("forward", math.nan),
+            "training time": times.get("train", math.nan) * s["train_flops"] / step}
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a finished run's record, or None: its files are there, the script is the one that
-    ran, metrics go to the end, and the summary's loss is their last."""
-    if not (folder / "summary.json").exists():
-        return None
-    try:
-        config, env, summary = (read(folder / f) for f in ("config.json", "env.json", "summary.json"))
-        if summary["interrupted"]:
+def times_of(folder: Path, of_rows: dict[str, list[dict]]) -> dict[str, tuple[dict, dict]]:
+    """By the name of a row or run: its newest times over the unit's, and all of that measurement. A row has
+    the mean of its runs', for seeds whose weights were not there."""
+    timed = {}
+    for line in archive.measurements(folder, "times"):
+        timed |= {name: (times, line["ratios"]) for name, times in line["ratios"].items()}
+    for row, runs in of_rows.items():
+        names = {run["name"] for run in runs}
+        if found := [timed[name] for name in timed if name in names]:
+            timed[row] = {k: mean(times[k] for times, _ in found) for k in found[0][0]}, found[-1][1]
+    return timed
+
+
+class Comparison:
+    """The rows of a track, and what decides: `against`, by cost and row, what against_line says."""
+
+    def __init__(self, folder: Path, track: dict):
+        self.track, known, of_rows = track, archive.rows_of(track), {}
+        for (name, _), run in sorted(archive.newest(folder).items()):
+            of_rows.setdefault(name, []).append(run)
+        timed = times_of(folder, of_rows)
+        self.rows = {name: Row(name, known.get(name), runs, timed) for name, runs in of_rows.items()}
+        for cost in COSTS:
+            one = self.rows[track["unit"]].cost(cost)
+            for row in self.rows.values():
+                row.each[cost] = [x / one for x in row.each[cost]]
+        self.against = {cost: {r.name: found for r in self.rows.values() if not r.dense
+                               and (found := self.against_line(r, cost))} for cost in COSTS}
+        enough = {name: found for name, found in self.against["forward FLOPs"].items()
+                  if found[2] >= track["seeds"]}
+        self.decided = [self.rows[name] for name in sorted(enough, key=enough.get)]  # the best first
+
+    def dense_line(self, line: str, cost: str, measured={}) -> list[tuple[float, Row]]:
+        """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if
+        it has several of them."""
+        found = [r for r in self.rows.values() if r.dense and r.line == line and r.cost(cost) > 0]
+        here, timed = [r for r in found if r.name in measured], TIMED.get(cost)
+        if not timed or len(here) < 2:
+            return sorted(((r.cost(cost), r) for r in found), key=lambda point: point[0])
+        steps = self.rows[self.track["unit"]].steps
+        return sorted(((measured[r.name][timed] * (r.steps / steps if timed == "train" else 1), r)
+                       for r in here), key=lambda point: point[0])
+
+    def against_line(self, row: Row, cost: str) -> tuple | None:
+        """(difference, p, least seeds of a side, standard error, degrees of freedom) of a row to the line
+        through the dense rows of its regime, each seed at its own cost and, for a time, against the line of
+        its own measurement; p, one-sided, that the row lies as far below by chance. Welch's t: to the
+        variance of the mean difference comes that of the line, the sum over dense rows of weight^2 variance /
+        seeds. None outside the line's range."""
+        lines = [shares(x, self.dense_line(row.line, cost, measured))
+                 for x, measured in zip(row.each[cost], row.measured)]
+        if not lines or None in lines:
             return None
-        scripts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.py")]
-        if env["source_sha256"] not in scripts:
-            return "it holds no script with env.json's source_sha256, the one that ran"
-        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        steps, val = ([e["step"] for e in events if e["kind"] == kind] for kind in ("train", "val"))
-        every = config.get("metrics_every", 1)
-        if steps != list(range(0, summary["step"], every)):
-            return f"metrics.jsonl does not hold every {every} of {summary['step']} training steps once"
-        last = next(e for e in reversed(events) if e["kind"] == "val")
-        if last["step"] != summary["step"] or last["cross_entropy"] != summary["cross_entropy"]:
-            return (f"summary.json has a loss of {summary['cross_entropy']} at step {summary['step']}, "
-                    f"metrics.jsonl {last['cross_entropy']} at {last['step']}")
-        missing = {"gate_mean", "gate_zero", "train_seconds", "parameters"} - summary.keys()
-        return f"summary.json has no {min(missing)}" if missing else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
-        return f"{type(e).__name__}: {e}"
+        differences = [loss - sum(w * self.rows[name].mean for name, w in line.items())
+                       for loss, line in zip(row.losses, lines)]
+        sides = [(1.0, stdev(differences) if row.n > 1 else math.nan, row.n)]
+        for dense in map(self.rows.get, sorted({name for line in lines for name, w in line.items() if w})):
+            sides.append((mean(line.get(dense.name, 0.0) for line in lines), dense.sd, dense.n))
+        seeds = min(n for *_, n in sides)
+        if seeds < 2:
+            return mean(differences), math.nan, seeds, math.nan, math.nan
+        variance = [w * w * sd * sd / n for w, sd, n in sides]
+        df = sum(variance) ** 2 / sum(v * v / (n - 1) for v, (*_, n) in zip(variance, sides))
+        error = math.sqrt(sum(variance))
+        return mean(differences), survival(-mean(differences) / error, df), seeds, error, df
+
+    def against_target(self, row: Row) -> tuple:
+        """(difference, p, seeds) of the row's mean loss to the track's target; one-sided, by Student's t."""
+        difference, p = row.mean - self.track["target"], math.nan
+        if row.n > 1:
+            p = survival(-difference / (row.sd / math.sqrt(row.n)), row.n - 1)
+        return difference, p, row.n
+
+    def verdict(self, found: tuple | None, verb: str) -> str:
+        if not found:
+            return "-"
+        difference, p, seeds, *_ = found
+        if seeds < self.track["seeds"]:
+            return f"{difference:+.4f}: too few seeds"
+        return f"{difference:+.4f}, p {p:.2g}: {verb + 's' if p < self.track['p'] else 'does not ' + verb}"
+
+
+def shares(x: float, dense: list[tuple[float, Row]]) -> dict[str, float] | None:
+    """The line through the dense rows at cost x, as their weights in it by name; None beyond their range, but
+    for a twentieth above it, where the last segment goes on (below the convex curve: this favours dense)."""
+    for (low, a), (high, b) in zip(dense, dense[1:]):
+        if low <= x <= high * (1.05 if b is dense[-1][1] else 1):
+            w = (x - low) / (high - low)
+            return {a.name: 1 - w, b.name: w}
+    return None
 
 
 # ---- tables -----------------------------------------------------------------------------------------------
 
-def short(x: float) -> str:
-    """Three digits and a unit: 2.17M."""
-    power = min(max(int(math.log10(abs(x)) // 3), 0), 5) if x and math.isfinite(x) else 0
-    return f"{x / 1000**power:.3g}" + ("", "k", "M", "G", "T", "P")[power]
+def cell(x) -> str:
+    text = "-" if x is None or x != x else f"{x:.4f}" if isinstance(x, float) else str(x)
+    return " ".join(text.replace("|", "\\|").split())
 
 
-def control_of(run: dict) -> str:
-    """proportional 0.25: a control with a target, and the target of the middle blocks."""
-    return run["control"] + (f" {run['mean_target_end']}" if run["control"] in WITH_TARGET else "")
+def markdown(caption: str, rows: list[dict], columns: list[str], shown: int = SHOWN) -> str:
+    """A table whose first rows are shown and whose others are folded away."""
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines = ["| " + " | ".join(cell(row[k]) for k in columns) + " |" for row in rows]
+    text = [f"**{caption}**", "", *head, *lines[:shown], ""] if shown else []
+    if lines[shown:]:
+        text += [f"<details><summary>{caption}{', the rest' if shown else ''}</summary>", "", *head,
+                 *lines[shown:], "", "</details>", ""]
+    return "\n".join(text)
 
 
-RUN_COLUMNS = {  # heading: (key, format)
-    "record": ("name", str), "control": ("control", str), "blocks": ("n_layers", str),
-    "parameters": ("parameters", short), "steps": ("step", str), "train tokens": ("tokens", short),
-    "val. loss (nats)": ("loss", "{:.4f}".format), "sparsity": ("sparsity", "{:.3f}".format),
-    "FLOPs/token, estimated": ("estimated", short),
-    "realised": ("realised", short), "train s": ("train_s", "{:.0f}".format),
-    "tokens/s": ("rate", "{:.0f}".format),
-    "hardware": ("hardware", str), "commit": ("commit", str), "state": ("state", str),
-}
-BENCH_COLUMNS = {
-    "mode": ("mode", str), "variant": ("variant", str), "sparsity": ("sparsity", "{:.2f}".format),
-    "batch": ("batch", str), "ms": ("seconds", lambda s: f"{1e3 * s:.2f}"),
-    "speed-up": ("speedup", "{:.2f}".format),
-    "FLOPs speed-up": ("flops_speedup", "{:.2f}".format), "efficiency": ("efficiency", "{:.2f}".format),
-    "MFU": ("mfu", "{:.2f}".format),
-}
+def track_tables(c: Comparison) -> list[str]:
+    """What is decided, then, folded away, everything else."""
+    rows = {}
+    for r in sorted(c.rows.values(), key=lambda r: r.mean):
+        rows[r] = {"row": r.name, "what": r.what, "steps": r.steps, **{cost: r.cost(cost) for cost in COSTS},
+                   "val. loss (seeds)": f"{r.mean:.4f} ± {r.sd:.4f} ({r.n})".replace(" ± nan", "")}
+        for cost in COSTS:
+            rows[r][f"at equal {cost}"] = c.verdict(c.against[cost].get(r.name), "beat")
+        if "target" in c.track:
+            rows[r]["against the target"] = c.verdict(c.against_target(r), "meet")
+    gated = [r for r in rows if not r.dense]
+    setting = ["row", "what", "val. loss (seeds)", "forward FLOPs", "at equal forward FLOPs",
+               "at equal forward time"]
+    tables = [markdown(c.track["title"], [rows[r] for r in c.decided], setting),
+              markdown("Rows of fewer seeds, or outside of their dense line",
+                       [rows[r] for r in gated if r not in c.decided], setting, 0),
+              markdown("The dense lines", [rows[r] for r in rows if r.dense],
+                       ["row", "val. loss (seeds)", *COSTS], 0),
+              markdown("By the cost of training", [rows[r] for r in gated],
+                       ["row", "training FLOPs", *TIMED, "at equal training FLOPs",
+                        "at equal training time"], 0)]
+    if "target" in c.track:
+        near = [row for r, row in rows.items()
+                if r.mean < c.track["target"] + 0.03 and r.cost("training FLOPs") <= 1]
+        tables.append(markdown(
+            f"The speedrun: to {c.track['target']} nats", sorted(near, key=lambda row: row["training FLOPs"]),
+            ["row", "steps", "val. loss (seeds)", "training FLOPs", "training time", "against the target"]))
+    return tables
 
 
-GROWTH_COLUMNS = {
-    "grows": ("grows", str), "size": ("size", str), "variant": ("variant", str),
-    "training FLOPs a token": ("flops_per_token", short),
-    "time over what FLOPs predict": ("over_flops", "{:.2f}".format),
-}
-
-
-def cells(rows: list[dict], columns: dict) -> list[list[str]]:
-    """Headings, then a line a row; what a row does not have is a dash."""
-    return [list(columns)] + [[form(row[key]) if row.get(key) is not None else "-"
-                               for key, form in columns.values()]
-                              for row in rows]
-
-
-def bench_table(folder: Path) -> tuple[str, list[list[str]]]:
-    """Caption and cells; without cells where the file is damaged. Milliseconds say something on a GPU only:
-    CPUs are shared, and their ratios hold because variants alternate."""
-    try:
-        bench = read(folder / "bench.json")
-        cfg, columns = bench["config"], dict(BENCH_COLUMNS)
-        if "growth" in bench:
-            return (f"{folder.name}: {bench['device']}, {bench['dtype']}; how the time of a training step "
-                    "grows, at a constant number of tokens"), cells(bench["growth"], GROWTH_COLUMNS)
-        if not GPU.search(bench["device"]):
-            del columns["ms"]
-        caption = (f"{folder.name}: {bench['device']}, {bench['dtype']}, {cfg['n_layers']} blocks, d "
-                   f"{cfg['dim']}, T {cfg['max_seq_len']}; speed-up over dense, MFU of this machine's own "
-                   f"{short(bench['matmul_flops_per_s'])}FLOP/s")
-        return caption, cells(bench["rows"], columns)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        return f"{folder.name}: damaged: bench.json: {type(e).__name__}: {e}".replace("\n", " "), []
-
-
-def numeric(table: list[list[str]]) -> list[bool]:
-    return [all(re.match(r"-$|[\d.]+[kMGTP]?$", c) for c in column[1:]) for column in zip(*table)]
-
-
-def aligned(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join(c.rjust(w) if right else c.ljust(w)
-                               for c, w, right in zip(line, widths, numeric(table)))
-                     .rstrip() for line in table)
-
-
-def markdown(table: list[list[str]], links: dict[str, str]) -> str:
-    rule = ["---:" if right else "---" for right in numeric(table)]
-    rows = [[links.get(c, c.replace("|", "\\|")) for c in line] for line in table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (rows[0], rule, *rows[1:]))
-
-
-def write_readme(path: Path, text: str):
-    """Put text between the markers; everything else in the file stays, byte for byte."""
-    old = path.read_bytes().decode() if path.exists() else "# Records\n\n"
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and not end:
-        raise SystemExit(f"report.py: error: {path} has the line '{BEGIN}' but not '{END}': put it back")
-    if not begin:
-        before, after = old + "\n" * (not old.endswith("\n")), "\n"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
-    os.replace(partial, path)
-
-
-# ---- the figure -------------------------------------------------------------------------------------------
-
-def group_key(run: dict) -> tuple:
-    """What two runs must share for their losses to be compared."""
-    data = [os.path.basename(run[k]) for k in ("train_files", "val_files")]
-    return (*data, run["val_tokens"], run["num_steps"], run["step"], run["batch_size"], run["max_seq_len"],
-            run["dim"], run["vocab_size"], run["recipe"])
-
-
-def group_title(run: dict) -> str:
-    data = re.sub(r"(_train)?[_*]*(\.bin)?$", "", os.path.basename(run["train_files"]))
-    return (f"{data}: {run['step']} steps of {run['batch_size']} x {run['max_seq_len']} tokens, d "
-            f"{run['dim']}, vocabulary {run['vocab_size']}")
-
-
-def draw_runs(ax, runs: list[dict], x: str, cmap):
-    """Dense baselines, labelled and joined by a line through the mean of each depth; gated runs by target."""
-    depths = {}
+def run_table(caption: str, runs: list[dict]) -> str:
+    rows = []
     for run in runs:
-        if run["control"] == "dense":
-            depths.setdefault(run["n_layers"], []).append((run[x], run["loss"]))
-    if depths:
-        points = [[sum(v) / len(v) for v in zip(*depths[L])] for L in sorted(depths)]
-        ax.plot(*zip(*points), ls="-" if x != "sparsity" else "none", color="0.6", lw=1, zorder=1)
-        ax.plot(*zip(*[p for ps in depths.values() for p in ps]), "s", color="0.25", ms=5,
-                label="dense, blocks labelled")
-        for L, point in zip(sorted(depths), points):
-            ax.annotate(str(L), point, (6, 4) if x != "sparsity" else (-6, -3), textcoords="offset points",
-                        fontsize=8, color="0.25", ha="left" if x != "sparsity" else "right")
-    gated = [r for r in runs if r["control"] != "dense"]
-    for run in sorted(gated, key=lambda r: (r["control"] != "none", r["control"], r["mean_target_end"],
-                                            r["n_layers"])):
-        color = cmap(0.05 + 0.87 * run["mean_target_end"]) if run["control"] in WITH_TARGET else "C3"
-        ax.plot(run[x], run["loss"], MARKERS.get(run["control"], "o"), color=color, mec="white", mew=0.6,
-                zorder=3, ms=12 if run["control"] == "adaptive" else 7,
-                label=f"{run['n_layers']} blocks, "
-                + ("no control" if run["control"] == "none" else control_of(run)))
+        c, s, finished = run["config"], run["summary"], run["state"] == "finished"
+        rows.append({"record": run["name"], "control": c.get("control"), "blocks": c.get("n_layers"),
+                     "steps": s.get("step") if finished else run["state"],
+                     "val. loss (nats)": s.get("cross_entropy"), "sparsity": s.get("sparsity")})
+    return markdown(caption, rows, list(rows[0])) if rows else ""
 
 
-def figure(runs: list[dict], path: Path) -> list[str]:
-    """Draw finished runs that can be compared, a row a group, the largest first; returns lines on what was
-    drawn and what left out."""
-    groups = {}
-    for run in runs:
-        if all(run[k] is not None and math.isfinite(run[k])
-               for k in ("loss", "estimated", "sparsity")) and run["tokens"] and run["train_s"]:
-            groups.setdefault(group_key(run),
-                              []).append(run | dict(time=1e6 * run["train_s"] / run["tokens"]))
-    if not any(len(group) > 1 for group in groups.values()):
-        return ["no figure: no two finished records can be compared"]
-    try:
-        import matplotlib
-    except ImportError:
-        return [f"{path} not drawn: matplotlib is missing (python -m pip install -r requirements.txt)"]
+def bench_table(bench: dict) -> str:
+    """Ratios to dense, which hold on a shared machine too, since variants alternate."""
+    rows = bench.get("growth") or bench["rows"]
+    keys = ["mode", "batch", "variant", "sparsity", "speedup", "efficiency", "grows", "size", "over_flops"]
+    return markdown(f"{bench['name']}: {bench['device']}, {bench['dtype']}", rows,
+                    [k for k in keys if k in rows[0]], 0)
+
+
+# ---- figures ----------------------------------------------------------------------------------------------
+
+def canvas(columns: int, **how):
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
-    ranked, lines = sorted(groups.values(), key=len, reverse=True), []
-    drawn = [group for group in ranked[:MAX_ROWS] if len(group) > 1]
-    for group in ranked[len(drawn):]:
-        lines.append(f"left out of the figure: {', '.join(r['name'] for r in group)} "
-                     f"({group_title(group[0])})")
-    fig, axes = plt.subplots(len(drawn), 3, figsize=(14, 0.4 + 3.9 * len(drawn)), sharey="row", squeeze=False,
-                             layout="constrained")
-    for row, group in zip(axes, drawn):
-        machine = Counter(r["hardware"] for r in group).most_common(1)[0][0]
-        timed = [r for r in group if r["hardware"] == machine]
-        elsewhere = f"; {len(group) - len(timed)} run(s) elsewhere left out" * (len(timed) < len(group))
-        row[0].set_title(group_title(group[0]), loc="left", fontsize=10, fontweight="bold")
-        row[0].set(xlabel="estimated FLOPs a token, forward", ylabel="validation loss (nats a token)")
-        row[1].set(xlabel=f"measured training time, µs a token\n({machine}{elsewhere})")
-        row[2].set(xlabel="sparsity: share of gates that are zero")
-        for ax, x in zip(row, ("estimated", "time", "sparsity")):
-            draw_runs(ax, timed if x == "time" else group, x, plt.cm.viridis)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(color="0.93", lw=0.8)
-            ax.set_axisbelow(True)
-            ax.margins(0.1)
-            lone = len({r[x] for r in group}) == 1 and x != "sparsity"
-            ax.set_xlim(*((0, 2 * group[0][x]) if lone else ()))
-        row[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-        row[2].set_xlim(-0.05, max(0.5, 1.1 * max(r["sparsity"] for r in group)))
-        entries = dict(zip(*reversed(row[0].get_legend_handles_labels())))
-        row[2].legend(entries.values(), entries, frameon=False, fontsize=8, loc="center left",
-                      bbox_to_anchor=(1, 0.5))
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-    return lines + [f"figure: {path}"]
+    fig, axes = plt.subplots(1, columns, layout="constrained", **how)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.93", lw=0.8)
+        ax.set_axisbelow(True)
+    return fig, axes
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="records, or folders "
-                                                              f"of records (default: {HERE})")
-    parser.add_argument("--out", type=Path, default=HERE, help="where README.md and "
-                                                               f"pareto.png go (default: {HERE})")
-    parser.add_argument("--verify", action="store_true", help="only re-read records and say what disagrees")
-    args = parser.parse_args(argv)
-    for folder in [*args.folders, args.out]:
-        if not folder.is_dir():
-            parser.error(f"{folder} is not a folder")
-    found = find_records(args.folders or [HERE])
-    if args.verify:
-        frontier = [f for f in args.folders or [HERE] if (f / "frontier").is_dir()]
-        runs = [*filter(is_run, [*found, *find_records([f / "frontier" for f in frontier])])]
-        wrong = {f: said for f in runs if (said := verify(f))}
-        unfinished = sum(not (f / "summary.json").exists() for f in runs)
-        for f, said in wrong.items():
-            print(f"report.py: error: {f.name}: {said}", file=sys.stderr)
-        print(f"{len(runs)} records read, {len(wrong)} wrong"
-              + f", {unfinished} unfinished" * (unfinished > 0))
-        return 2 if wrong else 0
-    if not found:
-        print("no records yet: make one with ./run.sh, or the grid of the paper's Figure 2 with "
-              "records/sweep.sh")
+def draw_track(c: Comparison, path: Path):
+    """The dense line of the regime with most rows; and each decided row against its own line, with standard
+    errors, filled where it beats the line."""
+    fig, (left, right) = canvas(2, figsize=(13, 2 + 0.27 * max(12, len(c.decided))), width_ratios=(1, 1.2))
+    line = Counter(r.line for r in c.rows.values()).most_common(1)[0][0]
+    points = [(x, r.mean, r.sd) for x, r in c.dense_line(line, "forward FLOPs")]
+    left.errorbar(*zip(*points), fmt="s-", color="0.4", ms=5, lw=1, capsize=3, label="dense")
+    for i, row in enumerate(c.decided):
+        if row.line == line:
+            left.plot(row.cost("forward FLOPs"), row.mean, "o", color="C3", ms=5)
+            left.annotate(f" {i}", (row.cost("forward FLOPs"), row.mean), color="C3", fontsize=8)
+    left.set(title=line, xlabel=f"FLOPs of a forward pass ({c.track['unit']} = 1); numbers as on the right",
+             ylabel="validation loss (nats a token)")
+    for cost, fmt, color in (("forward FLOPs", "o", "C3"), ("forward time", "D", "C0")):
+        right.plot([], [], fmt, color=color, label=f"at equal {cost}")
+        for i, row in enumerate(c.decided):
+            if found := c.against[cost].get(row.name):
+                difference, p, _, error, _ = found
+                right.errorbar(difference, i, xerr=error, fmt=fmt, color=color, ms=5, lw=1,
+                               mfc=color if p < c.track["p"] else "white")
+    right.axvline(0, color="0.4", lw=1)
+    right.set_yticks(range(len(c.decided)), [f"{r.name}, n {r.n}  ({i})" for i, r in enumerate(c.decided)],
+                     fontsize=8)
+    right.invert_yaxis()
+    right.legend(frameon=False)
+    right.set(title=f"Against the dense line (filled: p < {c.track['p']})", xlabel="nats a token")
+    fig.savefig(path, dpi=100)
+
+
+def draw_figure2(runs: list[dict], path: Path):
+    """The paper's Figure 2: loss against FLOPs, time and sparsity."""
+    fig, axes = canvas(3, figsize=(14, 4.3), sharey=True)
+    for run in sorted(runs, key=lambda run: (run["config"]["control"] != "dense", run["row"])):
+        c, s = run["config"], run["summary"]
+        xs = estimated_flops(c, s["sparsity"]) / c["max_seq_len"], 1e6 / s["tokens_per_s"], s["sparsity"]
+        for ax, x in zip(axes, xs):
+            ax.plot(x, s["cross_entropy"], "o" if targets(c) else "s", label=run["row"])
+    for ax, label in zip(axes, ("estimated FLOPs a token", "training time, µs a token", "sparsity")):
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.savefig(path, dpi=100)
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+def faults(folder: Path):
+    """What is wrong with the records of a folder, a sentence each."""
+    curves = {line["name"]: line for line in archive.lines(folder / "curves.jsonl")}
+    for run in archive.runs(folder):
+        try:
+            if run["state"].startswith("damaged"):
+                raise RecordError(run["state"])
+            if "folder" not in run:
+                archive.check(run, curves[run["name"]])
+                if archive.digest((folder / "scripts" / f"{run['script']}.py").read_bytes()) != run["script"]:
+                    raise RecordError(f"scripts/{run['script']}.py is not the script that ran")
+            elif run["state"] == "finished":
+                archive.complete(run)
+        except (RecordError, *archive.DAMAGE) as e:
+            yield f"{run['name']}: {e}"
+
+
+def page(folder: Path, draw: bool) -> list[str]:
+    """The parts of what the README says between its markers, live runs last; with `draw`, figures too."""
+    parts = []
+    for name, track in archive.TRACKS.items():
+        found = archive.newest(folder / name)
+        if track.get("unit") in {row for row, _ in found}:
+            comparison = Comparison(folder / name, track)
+            parts += [f"![{track['title']}]({name}.png)\n", *track_tables(comparison)]
+            if draw:
+                draw_track(comparison, folder / f"{name}.png")
+        elif found:
+            parts += [f"![{track['title']}]({name}.png)\n", run_table(track["title"], [*found.values()])]
+            if draw:
+                draw_figure2([*found.values()], folder / f"{name}.png")
+    parts += map(bench_table, archive.measurements(folder, "bench"))
+    return [*parts, run_table("Runs by themselves", archive.runs(folder))]
+
+
+def split(path: Path) -> tuple[str, str, str]:
+    """A README before, between and behind the markers."""
+    text = path.read_bytes().decode() if path.exists() else "# Records"
+    if BEGIN not in text:
+        text = f"{text.rstrip()}\n\n{BEGIN}{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not end:
+        raise RecordError(f"{path} has the line '{BEGIN}' but not '{END}': put it back")
+    return before, old, after
+
+
+def verify(folder: Path) -> int:
+    wrong, places = [], [folder, *(folder / name for name in archive.TRACKS)]
+    for place in places:
+        wrong += faults(place)
+    _, old, _ = split(folder / "README.md")
+    if old and not wrong:
+        *fixed, live = page(folder, draw=False)
+        fixed, live, old = set("\n".join(fixed).splitlines()), set(live.splitlines()), set(old.splitlines())
+        for line in [*sorted(old - fixed - live), *sorted(fixed - old)][:1]:  # (new live runs may be missing)
+            wrong.append(f"README.md is not what ./run.sh report makes of the records: {line}")
+    for sentence in wrong:
+        print(f"report.py: error: {sentence}", file=sys.stderr)
+    print(f"{sum(len(archive.runs(place)) for place in places)} runs read, {len(wrong)} wrong")
+    return 2 if wrong else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    def body():
+        parser = archive.Parser(__doc__)
+        parser.add_argument("folder", nargs="?", type=Path, default=HERE, help=f"(default: {HERE.name})")
+        parser.add_argument("--verify", action="store_true", help="only check, and say what disagrees")
+        args = parser.parse_args(argv)
+        if not args.folder.is_dir():
+            parser.error(f"{args.folder} is not a folder")
+        if args.verify:
+            return verify(args.folder)
+        readme = args.folder / "README.md"
+        before, _, after = split(readme)
+        text = "\n".join(filter(None, page(args.folder, draw=True)))
+        if not text:
+            print("no records yet: make one with ./run.sh, or those of a track with ./run.sh tracks run")
+            return 0
+        partial = readme.with_name("README.md.partial")
+        partial.write_bytes(f"{before}{BEGIN}\n{text}{END}{after}".encode())
+        os.replace(partial, readme)
+        print(f"{text}\nwritten to {readme}")
         return 0
-    runs = [*map(read_run, filter(is_run, found))]
-    benches = [(f, *bench_table(f)) for f in found if (f / "bench.json").exists()]
-    table = cells([r | (dict(control=control_of(r)) if "control" in r else {}) for r in runs], RUN_COLUMNS)
-    out = args.out.resolve()
-    links = {f.name: f"[{f.name}]({f.name})" for f in found if f.parent == out}
-    lines = figure([r for r in runs if r["state"] == "finished"], args.out / "pareto.png")
-    text, page = [], []
-    if runs:
-        text, page = [aligned(table)], [markdown(table, links) + "\n\nA + after the commit: with "
-                                                                 "uncommitted changes."]
-    if lines[-1].startswith("figure"):
-        page.append("![validation loss against estimated FLOPs, measured time and sparsity](pareto.png)")
-    if decided := tracks.gather(args.out / "frontier"):
-        tracks.figure(decided, args.out / "frontier.png")
-        frontier, speedrun = tracks.table(decided), tracks.speedrun(decided)
-        text += [aligned(frontier), aligned(speedrun)]
-        page = ["![the frontier: validation loss against cost](frontier.png)", markdown(frontier, {}),
-                "The speedrun:", markdown(speedrun, {}), *page]
-    if tables := tracks.depth_tables(args.out / "frontier"):
-        tracks.depth_figure(tables, args.out / "letters.png")
-        page.insert(1, "![which tokens skip, seed by seed](letters.png)")
-    for folder, caption, rows in benches:
-        text.append(caption + ("\n" + aligned(rows) if rows else ""))
-        page.append(caption.replace(folder.name, links.get(folder.name, folder.name)) +
-                    ("\n\n" + markdown(rows, {}) if rows else ""))
-    print("\n\n".join(text + ["\n".join(lines)]))
-    write_readme(args.out / "README.md", "\n\n".join(page))
-    return 0
+
+    return archive.exit_status(body)
 
 
 if __name__ == "__main__":
