@@ -13,7 +13,7 @@ order; what looks at a run, while it trains or later, is a tool in records/. Thr
 from __future__ import annotations
 
 import argparse, copy, datetime, fcntl, glob, hashlib, importlib.metadata
-import itertools, json, math, os, platform, re, resource, shlex, signal, subprocess, sys, time
+import itertools, json, math, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
 import traceback, warnings, zipfile
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -100,8 +100,8 @@ class Config:
     # model
     initializer_range: float = of_model(0.02, "standard deviation of the initial weights")
     norm: str = of_model(
-        "sandwich", "norm of a module's input and output, of its input alone, or (llama) of that but not of the "
-        "embeddings", "sandwich", "pre", "llama")
+        "sandwich", "norm of a module's input and output, of its input, or of that but not of the embeddings",
+        "sandwich", "pre", "llama")
     gate_attention: str = of_model("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
     compute: str = of_model("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
@@ -137,11 +137,14 @@ class Config:
         None, "optimizer steps (default: a pass over the data)", allow="at least 0")
     warmup_fraction: float = of_optimizer(0.1, "share of the steps that warms up", allow=FRACTION)
     cooldown_fraction: float = of_optimizer(
-        0.0, "share of the steps in which lr falls linearly to 0, constant before (0: a cosine)", allow=FRACTION)
+        0.0, "share of the steps in which lr falls linearly to 0, constant before (0: a cosine)",
+        allow=FRACTION)
+    router_width: int | None = of_optimizer(
+        None, "routers' weights begin and learn as at this width: times it / dim (default: dim)")
     start_factor: float = of_optimizer(0.1, "learning rate at step 0, in units of lr", allow="at least 0")
     # run
     preset: str | None = of_run(None, "named settings; flags override them", "demo", "gated", "dense")
-    config: str | None = of_run(None, "start from a record's settings: its folder, config.json, or PARENT/NAME")
+    config: str | None = of_run(None, "start from the settings of a record (folder, config.json, packed)")
     name: str | None = of_run(None, "name of the record (default: the preset's, or the control's)")
     seed: int = of_run(0, "seed of the initial weights, --shuffle and --control random", allow="at least 0")
     device: str | None = of_run(None, "cpu or cuda (default: cuda where there is one)", "cpu", "cuda")
@@ -163,6 +166,7 @@ class Config:
         self.n_kv_heads = given(self.n_kv_heads, self.n_heads)
         self.head_dim = self.dim // self.n_heads
         self.hidden_dim = int(self.ffn_dim_multiplier * self.dim)
+        self.router_scale = given(self.router_width, self.dim) / self.dim
         self.step_tokens = self.batch_size * self.max_seq_len
         self.rule = CONTROLS[self.control]
         self.gated = self.control != "dense"
@@ -183,9 +187,7 @@ class Config:
         yield d % H == 0, f"--dim {d} is not a multiple of --n_heads {H}; try --dim {-(-d // H) * H}"
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
-        yield self.seed < 2**63, f"--seed {self.seed} has more than 63 bits"
-        yield re.fullmatch("[^/\0]{1,200}", self.name or "-"), (
-            f"--name {self.name!r} cannot be part of a folder's name: at most 200 characters, no /")
+        yield "/" not in (self.name or ""), f"--name {self.name} is part of a folder's name: leave out the /"
         yield self.gate_attention == "keys" or self.compute == "masked" or self.control == "dense", (
             "--gate_attention none needs --compute masked: there a skipped token is still a key, "
             "so none can be left out of the computation")
@@ -211,7 +213,7 @@ SIZES, MODEL_FIELDS = names_of("size"), names_of("size", "model")
 COEFFICIENTS = ["mean_coef_init", "var_coef_init", "coef_update"]  # which belong to their control
 
 PRESETS = {
-    "gated": dict(),
+    "gated": {},
     "dense": dict(control="dense"),
     "demo": dict(
         dim=64, n_layers=8, n_heads=2, vocab_size=257, max_seq_len=256, encoding="bytes",
@@ -224,7 +226,8 @@ PRESETS = {
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 LARGEST = sys.float_info.max
-RANGES = {"any": (-LARGEST, LARGEST), "above 0": (5e-324, LARGEST), "at least 0": (0, LARGEST), FRACTION: (0, 1)}
+RANGES = {"any": (-LARGEST, LARGEST), "above 0": (5e-324, LARGEST), "at least 0": (0, LARGEST),
+          FRACTION: (0, 1)}
 
 
 def check_field(f, value):
@@ -238,7 +241,7 @@ def check_field(f, value):
         raise UserError(f"--{f.name} {value!r} is not one of {', '.join(f.metadata['choices'])}")
     low, high = RANGES[f.metadata["allow"]]
     if kind in ("int", "float") and not low <= value <= high:
-        raise UserError(f"--{f.name} {value} is out of range: it must be a finite number, {f.metadata['allow']}")
+        raise UserError(f"--{f.name} {value} is out of range: it must be finite, {f.metadata['allow']}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -257,10 +260,12 @@ class Runtime:
         self.compile = given(cfg.compile, self.cuda)
         if self.cuda:
             torch.cuda.set_device(self.device)
+            properties = torch.cuda.get_device_properties(self.device)
+            check_heads(cfg, self.dtype, properties.shared_memory_per_block_optin)
             # float32 stays float32: a router in TF32 may open in decoding a gate that was closed in training
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(minutes=10))
+            dist.init_process_group("nccl" if self.cuda else "gloo")
 
     def sum(self, *tensors):
         """Each summed over ranks, in place, in one all-reduce."""
@@ -273,16 +278,6 @@ class Runtime:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def synchronize(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def peak_memory(self):
-        """Bytes: of the CUDA allocator, or the peak resident set of the process."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # (as Linux counts)
-
 
 def choose_device(cfg):
     """This process's device. Raises UserError where there is none, or one that cannot train this model."""
@@ -292,8 +287,6 @@ def choose_device(cfg):
     if local >= gpus:
         raise RankError(f"--device cuda: this machine has {gpus} GPUs, process {local} has none; use "
                         "--device cpu or fewer processes (NPROC)")
-    if cfg.head_dim < 16:
-        raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
     return torch.device("cuda", local)
 
 
@@ -352,6 +345,7 @@ def rotate(x, cos, sin):
 EPSILON = 1e-6  # lower bound of g before ln
 REMOVED = -2.0**100  # the logit of a key whose gate is 0: weight exactly 0, also by fused multiply-adds
 ROWS = 128  # block size of FlexAttention
+CARRY = 8  # columns by which q and k carry ln g there
 QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
 
@@ -359,18 +353,17 @@ class Layout(NamedTuple):
     """Which tokens the rows of a packed tensor are: sequences ascend, positions in each too. Where a GPU
     computes, further rows pad them to `padded_rows`: a sequence of their own, which nobody sees."""
     seq: Tensor  # (n,) sequence of each token
-    row: Tensor  # (n,) the row of the micro-batch that it came from
     counts: Tensor  # (sequences + 1,) tokens of each sequence that are here; the last are padding, and 0
     cos: Tensor  # (n or padded, head_dim / 2) rotary angles
     sin: Tensor
     tables: list[Tensor] | None  # `mask_tables` (CUDA)
 
 
-def make_layout(seq, row, cos, sin, n_seqs, flex):
+def make_layout(seq, cos, sin, n_seqs, flex):
     """The layout of n tokens, in as many rows as the angles cos and sin have, n or padded."""
     each = torch.arange(n_seqs + 1, device=seq.device)
     counts = torch.searchsorted(seq, each, right=True) - torch.searchsorted(seq, each)
-    return Layout(seq, row, counts, cos, sin, mask_tables(padded(seq, len(cos), n_seqs)) if flex else None)
+    return Layout(seq, counts, cos, sin, mask_tables(padded(seq, len(cos), n_seqs)) if flex else None)
 
 
 def gather(h, S, g, layout, keep, rows):
@@ -378,8 +371,8 @@ def gather(h, S, g, layout, keep, rows):
     just waited for `keep` and the device with it."""
     at = padded(keep, rows, 0)
     token = torch.arange(rows, device=h.device) < len(keep)
-    inner = make_layout(layout.seq[keep], layout.row[keep], layout.cos[at], layout.sin[at],
-                        len(layout.counts) - 1, layout.tables is not None)
+    inner = make_layout(layout.seq[keep], layout.cos[at], layout.sin[at], len(layout.counts) - 1,
+                        layout.tables is not None)
     return h.index_select(0, at), torch.where(token, S[at], 1.0), torch.where(token, g[at], 0.0), inner
 
 
@@ -414,22 +407,13 @@ def mask_tables(seq):
     seen = (each[:, None] >= each) & (first[:, None] <= last)  # (nb, nb), query by key blocks
     full = (each[:, None] > each) & (last[:, None] == first)
 
-    def table(blocks):
+    tables = [torch.searchsorted(seq, seq).int()]
+    for blocks in (seen & ~full, full, (seen & ~full).T, full.T):
         count = blocks.sum(1)
         index = blocks.int().argsort(dim=1, descending=True, stable=True)  # (those seen come first, in order)
         index = torch.where(each < count[:, None], index, 0)
-        return [t.int()[None, None] for t in (count, index)]
-
-    start = torch.searchsorted(seq, seq).int()
-    part = seen & ~full
-    return [start, *table(part), *table(full), *table(part.T), *table(full.T)]
-
-
-def block_mask(start, *tables):
-    def causal_same_sequence(b, h, q, k):
-        return (q >= k) & (k >= start[q])
-
-    return BlockMask((len(start),) * 2, *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
+        tables += [t.int()[None, None] for t in (count, index)]
+    return tables
 
 
 def log_gate(g):
@@ -446,38 +430,66 @@ def attention_kernel(layout):
 
 
 def carried(q, k, ln_g):
-    """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
-    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, and
-    not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72 columns
-    to 128: by estimate 4 ms of an 80 ms micro-batch of Table 2, for 5 to 20 of additions; neither ran.)"""
+    """q and k with CARRY further columns, which add ln g_j to the logit of key j: its high and its low part,
+    so that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's,
+    and not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72
+    columns to 128: by estimate 4 ms of an 80 ms micro-batch of Table 2, for 5 to 20 of additions; neither
+    ran.)"""
     unit = 2.0 ** round(math.log2(q.shape[-1]) / 2)  # near sqrt(head_dim), and exact
     value = ln_g * (math.sqrt(q.shape[-1]) / unit)
-    high = value.detach().to(k.dtype)
-    parts = torch.stack((high, (value - high).to(k.dtype)), -1)[:, None].expand(-1, k.shape[1], -1)
-    ones = q.new_full((*q.shape[:2], 2), unit)
-    return tuple(F.pad(torch.cat(both, -1), (0, 6)) for both in ((q, ones), (k, parts)))
+    high = (8 * value.detach()).round() / 8  # exact in bfloat16: a compiler elides a cast there and back
+    parts = F.pad(torch.stack((high, value - high), -1), (0, CARRY - 2)).to(k.dtype)
+    parts = parts[:, None].expand(-1, k.shape[1], -1)  # (n, kv_heads, CARRY)
+    return torch.cat((q, q.new_full((*q.shape[:2], CARRY), unit)), -1), torch.cat((k, parts), -1)
 
 
 def attend_flex(q, k, v, ln_g, layout):
     if ln_g is not None:
         q, k = carried(q, k, ln_g)
-    assert len(q) == len(k) and len(q) % ROWS == 0  # `padded_rows`: what IS_DIVISIBLE promises
-    heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
+    # (1, heads, n, head_dim); n is a multiple of ROWS, by `padded_rows`, which IS_DIVISIBLE promises
+    heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]
     lower = compiled if q.device.type == "cuda" else eager  # (eager, it would hold all n x n scores)
-    out = lower(flex_attention)(*heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
-                                enable_gqa=k.shape[1] != q.shape[1], kernel_options=flex_options(q.shape[-1]))
+    start, *tables = layout.tables
+
+    def causal_same_sequence(b, h, i, j):
+        return (i >= j) & (j >= start[i])
+
+    mask = BlockMask((len(q),) * 2, *tables, BLOCK_SIZE=(ROWS, ROWS), mask_mod=causal_same_sequence)
+    out = lower(flex_attention)(*heads_first, block_mask=mask, scale=v.shape[-1]**-0.5, enable_gqa=True,
+                                kernel_options=flex_options(q.shape[-1], q.dtype))
     return out[0].transpose(0, 1)
 
 
-def flex_options(width):
-    """For sm_90: on 4 warps, the default, the forward kernel spills 576 bytes a thread; on 8, divisible,
-    none. FlexAttention has no tile for 72 columns, so they get that of 128."""
-    tile = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if 64 < width <= 128 else {}
-    return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tile
+def flex_options(width, dtype):
+    """Tiles for FlexAttention's kernels. In float32 or beyond 128 columns its own take more shared memory
+    than most devices have; 72 columns, for which it has none, get those of 128. On 4 warps, its default, the
+    forward kernel spills 576 bytes a thread on sm_90; on 8, divisible, none."""
+    tiles = {}
+    if dtype == torch.float32:
+        tiles = dict(fwd_BLOCK_M=32, fwd_BLOCK_N=32, fwd_num_stages=1)
+    elif width > 128:
+        tiles = dict(fwd_BLOCK_M=64, fwd_BLOCK_N=32, fwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=32,
+                     bwd_BLOCK_M2=32, bwd_BLOCK_N2=32, bwd_num_stages=1)
+    elif width > 64:
+        tiles = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64)
+    return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tiles
+
+
+def check_heads(cfg, dtype, shared):
+    """UserError where FlexAttention's kernels cannot start: a block of threads may take `shared` bytes."""
+    if cfg.head_dim < 16:
+        raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
+    width = cfg.head_dim + CARRY * (cfg.gated and cfg.gate_attention == "keys")
+    columns = 2**math.ceil(math.log2(width))  # as the kernels round
+    needed = columns * (272 if dtype == torch.float32 or width > 128 else 768)  # measured
+    if needed > shared:
+        raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention takes {needed} bytes of shared "
+                        f"memory for it in {dtype}, and this GPU has {shared}; use more --n_heads")
 
 
 def attend_rows(q, k, v, ln_g, layout):
-    """The CPU's kernel: a sequence at a time. Logits and softmax are float32; the weights multiply in v's type."""
+    """The CPU's kernel: a sequence at a time. Logits and softmax are float32; the weights multiply in v's
+    type."""
     lengths, group = layout.counts.tolist(), q.shape[1] // k.shape[1]
     ln_g = q.new_zeros(len(q)) if ln_g is None else ln_g
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -491,7 +503,8 @@ CAUSAL = torch.full((QUERY_ROWS, QUERY_ROWS), REMOVED).triu(1)
 
 
 def attend_sequence(q, k, v, ln_g):
-    """One sequence, each (heads, n, head_dim), in about equal blocks of query rows, over the causal part only."""
+    """One sequence, each (heads, n, head_dim), in about equal blocks of query rows, over the causal part
+    only."""
     end = 0
     for rows in q.tensor_split(-(-q.shape[1] // QUERY_ROWS) or 1, 1):
         n = rows.shape[1]
@@ -575,17 +588,12 @@ class Router(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 1)
 
-    def forward(self, h):
-        """Soft mask s = ReLU(w . h + b) of Eq. 1: (n, d) to (n,), float32."""
+    def forward(self, h, S):
+        """Eq. 1 and 2: S (n,) with the soft mask s = ReLU(w . h + b) of h (n, d) added, and the gates g = 1 -
+        clamp(S, 0, 1), (n,) each, float32; a ReLU, since its gradient at S = 1 is 0, and clamp's is not."""
         with torch.autocast(h.device.type, enabled=False):
-            return F.relu(F.linear(h.float(), self.linear.weight, self.linear.bias)).squeeze(-1)
-
-
-def accumulate(router, h, S):
-    """Eq. 1 and 2: S with the soft mask of h (n, d) added, and the gates g = 1 - clamp(S, 0, 1), (n,) each; a
-    ReLU, since its gradient at S = 1 is 0, and clamp's is not."""
-    S = S + router(h)
-    return S, F.relu(1 - S)
+            S = S + F.relu(self.linear(h.float())).squeeze(-1)
+            return S, F.relu(1 - S)
 
 
 def coin(tokens, pos, seed):
@@ -617,8 +625,8 @@ class MiddleSkippingTransformer(nn.Module):
         self.caches = None  # of each layer, keys and values of earlier tokens: while decoding
 
     def forward(self, inputs, targets, watch=None):
-        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and every level's `gate_sums`, (L/2, 4).
-        watch(inputs, levels) sees what `span` leaves."""
+        """inputs, targets: (B, T). Returns the mean cross-entropy in nats and every level's `gate_sums`,
+        (L/2, 4). watch(inputs, levels) sees what `span` leaves."""
         B, T = inputs.shape
         each = torch.arange(B * T, device=inputs.device)
         h, levels = self.hidden(inputs.flatten(), each // T, each % T, B)
@@ -628,15 +636,15 @@ class MiddleSkippingTransformer(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
                             torch.is_grad_enabled())
-        return ce, torch.stack([self.lower(gate_sums)(g, layout) for g, layout in levels])
+        return ce, torch.stack([self.lower(gate_sums)(g, layout) for g, layout, _ in levels])
 
     def hidden(self, tokens, seq, pos, n_seqs):
-        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and what
-        `span` leaves."""
+        """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and
+        what `span` leaves."""
         n, flex = len(tokens), uses_flex(tokens.device)
-        rows, here = padded_rows(n, flex), torch.arange(n, device=tokens.device)
+        rows = padded_rows(n, flex)
         angle = padded(pos, rows, 0)
-        layout = self.lower(make_layout)(seq, here, self.cos[angle], self.sin[angle], n_seqs, flex)
+        layout = self.lower(make_layout)(seq, self.cos[angle], self.sin[angle], n_seqs, flex)
         h = self.lower(normed)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
         random = self.cfg.control == "random"
         S = coin(tokens, pos, self.cfg.seed) if random else torch.zeros(n, device=tokens.device)
@@ -644,8 +652,9 @@ class MiddleSkippingTransformer(nn.Module):
         return self.lower(normed)(self.output_norm, h[:n]), levels
 
     def span(self, h, S, layout, l):
-        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged. Returns h, and
-        of each level that ran the gates (None: dense) and the layout of the tokens that it saw."""
+        """Blocks [l, L - l) on the rows of h (n, d) whose gate is open; the others pass unchanged. Returns h,
+        and of each level that ran: its gates (None: dense), the layout of the tokens that it saw, and which
+        these are of the level before (None: all)."""
         if l == self.cfg.n_levels:
             return h, []
         S, g = self.gates(h, S, l, layout)
@@ -659,7 +668,7 @@ class MiddleSkippingTransformer(nn.Module):
             flex = layout.tables is not None
             rows = padded_rows(len(keep) + flex, flex)  # with and without padding would be two graphs
             x, S, g, layout = self.lower(gather)(h, S, g, layout, keep, rows)
-        levels = [(g, layout)]
+        levels = [(g, layout, keep)]
         x = self.block(l, x, g, layout)
         mirror = self.cfg.n_layers - 1 - l
         if mirror > l:  # (not in the middle of an odd dense model)
@@ -675,7 +684,7 @@ class MiddleSkippingTransformer(nn.Module):
             return S, None
         if self.cfg.control == "random":
             return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
-        return self.lower(accumulate)(self.masks[l], h, S)
+        return self.lower(Router.forward)(self.masks[l], h, S)
 
     def block(self, l, h, g, layout):
         block = self.layers[l]
@@ -693,7 +702,8 @@ def gate_sums(g, layout):
 
 
 def initialise(model, cfg):
-    """Normal(0, initializer_range) for every weight, zero for router biases, one for norms."""
+    """Normal(0, initializer_range) for every weight (a router's: scaled), zero for router biases, one for
+    norms."""
     generator = torch.Generator().manual_seed(cfg.seed)
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -701,7 +711,8 @@ def initialise(model, cfg):
         elif name.endswith("linear.bias"):
             nn.init.zeros_(p)
         elif p.ndim == 2:
-            nn.init.normal_(p, 0.0, cfg.initializer_range, generator=generator)
+            scale = cfg.router_scale if name.startswith("masks.") else 1.0
+            nn.init.normal_(p, 0.0, cfg.initializer_range * scale, generator=generator)
         else:
             raise RuntimeError(f"no initialisation is known for parameter {name}")
 
@@ -762,7 +773,8 @@ def chunk_loss(logits, targets, vocab_size, n):
 # Gate statistics and control (Section 2.4, Eq. 4-6, Table 1) of levels l < L/2; block L-1-l mirrors block l.
 
 def moments(stats, n):
-    """Mean and population variance (Eq. 4) of the gates of n tokens: (2, L/2), from the sums of `gate_sums`."""
+    """Mean and population variance (Eq. 4) of the gates of n tokens: (2, L/2), from the sums of
+    `gate_sums`."""
     m = stats[:, 0] / n
     return torch.stack((m, stats[:, 1] / n - m.square()))
 
@@ -863,15 +875,15 @@ class Shards:
 
     def __init__(self, cfg, split):
         pattern = getattr(cfg, f"{split}_files")
-        limit = given(getattr(cfg, f"{split}_tokens"), math.inf)
-        paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))), key=lambda p: p.name)
+        limit = getattr(cfg, f"{split}_tokens")
+        paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))))
         if not paths:
             raise UserError(f"--{split}_files {pattern} matches no file: {SHARD_HINT}")
         self.paths, self.tokens, self.described, self.vocab_size = [], [], [], cfg.vocab_size
         for path in paths:
             whole = open_shard(path)
-            tokens = whole[:min(limit, len(whole))]
-            limit -= len(tokens)
+            tokens = whole[:limit]
+            limit = limit and limit - len(tokens)
             if len(tokens):
                 self.paths.append(path)
                 self.tokens.append(tokens)
@@ -895,9 +907,8 @@ class Shards:
         """n tokens of a shard, int64; UserError where one lies beyond the vocabulary."""
         tokens = self.tokens[shard][start:start + n]
         if tokens.max() >= self.vocab_size:
-            at = start + int(tokens.argmax())
-            raise RankError(f"shard {self.paths[shard]} holds token {tokens.max()} at position {at}, beyond "
-                            f"--vocab_size {self.vocab_size}; it was made with another tokeniser")
+            raise RankError(f"shard {self.paths[shard]} holds token {tokens.max()} near position {start}, "
+                            f"beyond --vocab_size {self.vocab_size}; it was made with another tokeniser")
         return torch.from_numpy(tokens.astype(np.int64))
 
     def batch(self, places, T, rt):
@@ -912,9 +923,9 @@ class TrainLoader:
     """A step takes batch_size sequences of T (+1) tokens, as they lie in a shard or (`shuffle`) in the order
     of a permutation; micro-batch a of rank r of R gets the (a R + r)-th device_batch_size of them.
 
-    A tail too short for a step is dropped; after the last shard comes the first. `place`, the number of the next
-    step, is all that a checkpoint needs. (Nothing is read ahead: a micro-batch of Table 2 takes half a millisecond
-    from the page cache, and, but for a step's first, a GPU is still busy.)
+    A tail too short for a step is dropped; after the last shard comes the first. `place`, the number of the
+    next step, is all that a checkpoint needs. (Nothing is read ahead: a micro-batch of Table 2 takes half a
+    millisecond from the page cache, and, but for a step's first, a GPU is still busy.)
     """
 
     def __init__(self, shards, cfg, rt):
@@ -923,8 +934,9 @@ class TrainLoader:
         if rest:
             raise UserError(f"--batch_size {cfg.batch_size} is not a multiple of --device_batch_size "
                             f"{cfg.device_batch_size} times {rt.world} processes (NPROC): change one of them")
+        # of a pass: shard, first sequence
         self.steps = [(shard, i * cfg.batch_size) for shard, tokens in enumerate(shards.tokens)
-                      for i in range((len(tokens) - 1) // cfg.step_tokens)]  # of a pass: shard, first sequence
+                      for i in range((len(tokens) - 1) // cfg.step_tokens)]
         if not self.steps:
             raise UserError(f"--train_files {cfg.train_files}: no shard holds a step's {cfg.step_tokens + 1} "
                             "tokens; use a smaller --batch_size or longer shards")
@@ -951,19 +963,21 @@ class TrainLoader:
 # Optimizer and schedule.
 
 def make_optimizers(model, cfg):
-    """By their name in a checkpoint: AdamW, with one rate for the groups default, norms and routers; and with
-    --optimizer muon, Muon for the blocks' matrices, its updates scaled to the size of AdamW's, so that the
-    same lr suits. The groups partition the parameters."""
+    """By their name in a checkpoint: AdamW, with one rate for the groups default, norms and (scaled by their
+    width) routers; and with --optimizer muon, Muon for the blocks' matrices, its updates scaled to the size
+    of AdamW's, so that the same lr suits. The groups partition the parameters."""
     groups = {"default": [], "norms": [], "routers": [], "matrices": []}
     for name, p in model.named_parameters():
         if "norm" in name:
             kind = "norms"
-        elif name.startswith("masks."):
+        elif name.startswith("masks.") and p.ndim == 2:
             kind = "routers"
         else:
             kind = "matrices" if cfg.optimizer == "muon" and name.startswith("layers.") else "default"
         groups[kind].append(p)
-    *rest, matrices = ({"params": params, "name": name} for name, params in groups.items())
+    *rest, matrices = (
+        {"params": params, "name": name, "scale": cfg.router_scale if name == "routers" else 1.0}
+        for name, params in groups.items())
     common = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     adamw = torch.optim.AdamW(rest, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True, **common)
     if cfg.optimizer == "adamw":
@@ -980,13 +994,10 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 params = [p for p in group["params"] if p.shape == shape]
-                grads = [p.grad for p in params]
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                momenta = [self.state[p]["momentum_buffer"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                G = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's
+                G = torch.stack([p.grad for p in params])  # (n, rows, columns); so is their momentum
+                momentum = self.state[params[0]].setdefault("momentum_buffer", torch.zeros_like(G))
+                momentum.lerp_(G, 1 - group["momentum"])
+                G = G.lerp(momentum, group["momentum"])  # Nesterov's
                 update = orthogonal(G.bfloat16() if G.is_cuda else G).to(G.dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, update.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
@@ -1007,7 +1018,7 @@ def orthogonal(G):
 def learning_rate(step, cfg):
     """Linear warm-up from start_factor lr over the first W steps, then a cosine to 0 (Section 3.1); or, with
     a cooldown, lr until the last C steps, over which it falls linearly to 0."""
-    W, C = (int(f * cfg.num_steps) for f in (cfg.warmup_fraction, cfg.cooldown_fraction))
+    W, C = int(cfg.warmup_fraction * cfg.num_steps), int(cfg.cooldown_fraction * cfg.num_steps)
     if step < W:
         return cfg.lr * (cfg.start_factor + (1 - cfg.start_factor) * step / W)
     if cfg.cooldown_fraction:
@@ -1057,7 +1068,7 @@ class Record:
 
     def __init__(self, cfg, rt, first_step):
         self.cfg, self.rt, self.artist = cfg, rt, None
-        self.closed = [0] * cfg.n_levels  # for how many steps nearly all gates of a level
+        self.shut_steps = 0  # in which a level was closed to nearly all tokens, against its target
         self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
                         disable=None if rt.main else True,  # (None: where nobody watches)
                         bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
@@ -1104,40 +1115,37 @@ class Record:
             self.event("train", event)
         if step % cfg.log_every == 0:
             levels = " ".join(f"{z:.2f}" for z in zeros[:cfg.n_levels])
-            self.say(f"{self.at(step)}  loss {event['loss']:.4f}  cross-entropy {event['cross_entropy']:.4f}  "
-                     f"lr {event['lr']:.2e}  grad {event['grad_norm']:.3f}  {speed}  zero gates {levels}", True)
-        for l, target in enumerate(mean_targets(cfg)):
-            shut = cfg.rule.targets and target > 0.1 and zeros[l] > 0.99
-            self.closed[l] = self.closed[l] + 1 if shut else 0
-            if self.closed[l] == 50:
-                self.say(f"WARNING: level {l} has been closed to over 99% of the tokens for 50 steps, where its "
-                         f"target is a mean gate of {target:.2f}; try a smaller --lr")
-        self.bar.set_postfix_str(f"loss {event['cross_entropy']:.3f}, sparsity {fmean(zeros):.2f}, {speed}", False)
+            self.say(f"step {step:>{len(str(cfg.num_steps))}}/{cfg.num_steps}  loss {event['loss']:.4f}  "
+                     f"cross-entropy {event['cross_entropy']:.4f}  lr {event['lr']:.2e}  "
+                     f"grad {event['grad_norm']:.3f}  {speed}  zero gates {levels}", True)
+        shut = [l for l, target in enumerate(mean_targets(cfg)) if target > 0.1 and zeros[l] > 0.99]
+        self.shut_steps = self.shut_steps + 1 if shut and cfg.rule.targets else 0
+        if self.shut_steps == 50:
+            self.say(f"WARNING: levels {shut} are closed to over 99% of the tokens, for 50 steps now, "
+                     "against their targets: try --router_width 64")
+        self.bar.set_postfix_str(
+            f"loss {event['cross_entropy']:.3f}, sparsity {fmean(zeros):.2f}, {speed}", refresh=False)
         self.bar.update()
 
     def validation(self, event):
         self.event("val", event)
-        self.say(f"{self.at(event['step'])}  validation {event['cross_entropy']:.4f} nats  sparsity "
-                 f"{fmean(event['gate_zero']):.3f}")
+        self.say(f"step {event['step']}/{self.cfg.num_steps}  validation {event['cross_entropy']:.4f} nats  "
+                 f"sparsity {fmean(event['gate_zero']):.3f}")
         self.show("--plot", wait=not self.rt.cuda)
 
-    def at(self, step):
-        return f"step {step:>{len(str(self.cfg.num_steps))}}/{self.cfg.num_steps}"
-
     def show(self, *flags, wait):
-        """Have records/show.py draw the record, and add to the log what it has to say. A process of its own: GPUs
-        do not wait for it; a CPU does, which two processes at once would take longer."""
+        """Have records/show.py draw the record, and say what there is to say of it. A process of its own:
+        GPUs do not wait for it; a CPU does, which two processes at once would take longer."""
         tool = ROOT / "records" / "show.py"
-        idle = wait or self.artist is None or self.artist.poll() is not None
-        if self.rt.main and tool.exists() and idle:
-            self.artist = subprocess.Popen([sys.executable, tool, self.folder, *flags])
+        if self.rt.main and tool.exists() and (wait or self.artist is None or self.artist.poll() is not None):
+            self.artist = subprocess.Popen([sys.executable, tool, self.folder, "--log", *flags])
             if wait:
                 self.artist.wait()
 
     def write(self, name, content):
-        """A whole file or none: JSON of a dict, else text."""
+        """A whole file of JSON or none."""
         if self.rt.main:
-            text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+            text = json.dumps(content, indent=1) + "\n"
             write_atomically(self.folder / name, lambda f: f.write(text.encode()))
 
 
@@ -1149,8 +1157,8 @@ def writing(path, undo=lambda: None):
     except (OSError, RuntimeError) as e:  # torch.save turns a write's OSError into a RuntimeError
         undo()
         reason = getattr(e, "strerror", None) or f"is the disk full? {e}"
-        raise UserError(f"{path} cannot be written: {reason}; what was saved before is whole: mend this, then go "
-                        f"on with --resume {path.parent}")
+        raise UserError(f"{path} cannot be written: {reason}; what was saved before is whole: mend this, "
+                        f"then go on with --resume {path.parent}")
 
 
 def write_atomically(path, write):
@@ -1204,23 +1212,25 @@ def source_hash():
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-PACKAGES = {"torch", "numpy", "tiktoken", "huggingface-hub", "safetensors", "triton"}
-
-
 def environment(rt, shards):
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
-        "source_sha256": source_hash(), "python": platform.python_version(), "cuda": torch.version.cuda,
-        "packages": {p.name: p.version for p in importlib.metadata.distributions() if p.name in PACKAGES},
+        "source_sha256": source_hash(), "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "safetensors")},
         "device": torch.cuda.get_device_name() if rt.cuda else processor_name(), "world_size": rt.world,
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "dtype": str(rt.dtype).split(".")[1],
-        "compile": rt.compile, "platform": platform.platform(), "nvidia_smi": run_quietly("nvidia-smi"),
-        "torchrun": environ.get("TORCHELASTIC_RUN_ID"),
+        "threads": torch.get_num_threads(), "dtype": str(rt.dtype).split(".")[1],
+        "compile": rt.compile, "nvidia_smi": run_quietly("nvidia-smi"),
         "shards": {split: s.described for split, s in shards.items()},
     }
+
+
+def peak_memory(rt):
+    """Bytes: of the CUDA allocator, or the peak resident set of the process."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # (as Linux counts)
+    return torch.cuda.max_memory_allocated() if rt.cuda else 1024 * kilobytes
 
 
 def processor_name():
@@ -1231,8 +1241,7 @@ def processor_name():
 
 def shown(value):
     """A path as the records show it: relative to the project where it lies inside it."""
-    inside = isinstance(value, str) and Path(value).is_relative_to(ROOT)
-    return str(Path(value).relative_to(ROOT)) if inside else value
+    return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1240,7 +1249,8 @@ def shown(value):
 
 def checkpoints(folder):
     """Oldest first; also the authors', which have another name."""
-    steps = {path: re.fullmatch(r"(?:checkpoint_|state_step)(\d+)\.pt", path.name) for path in folder.glob("*.pt")}
+    steps = {path: re.fullmatch(r"(?:checkpoint_|state_step)(\d+)\.pt", path.name)
+             for path in folder.glob("*.pt")}
     return sorted(filter(steps.get, steps), key=lambda path: int(steps[path][1]))
 
 
@@ -1266,8 +1276,8 @@ def read_weights(source):
     if path.is_dir():
         path = [path, *path.glob("model.safetensors"), *checkpoints(path)][-1]
     if not path.is_file():
-        raise UserError(f"checkpoint {source} does not exist, or has no checkpoint_*.pt or model.safetensors; fetch "
-                        "one from a hub with ./run.sh convert")
+        raise UserError(f"checkpoint {source} does not exist, or has no checkpoint_*.pt or "
+                        "model.safetensors; fetch one from a hub with ./run.sh convert")
     settings, state = (x.get("model", x) for x in (read_json(folder / "config.json"), read_checkpoint(path)))
     if not (isinstance(settings, dict) and isinstance(state, dict)):
         raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it one of a "
@@ -1288,16 +1298,14 @@ def checkpoint_settings(settings, explicit, source):
 
 
 def load_weights(model, state, source):
-    """Load tensors of any float type; UserError where names or shapes are not the model's. Beside a dense model's
-    weights the model's own routers stay, as they are."""
+    """Load tensors of any float type; UserError where names or shapes are not the model's. Beside a dense
+    model's weights the model's own routers stay, as they are."""
     try:
-        if not all(v.is_floating_point() for v in state.values()):
-            raise TypeError("a tensor of it is not of a floating-point type")
         model.load_state_dict(model.masks.state_dict(prefix="masks.") | state)
     except (AttributeError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:300]
-        raise UserError(f"checkpoint {source} does not fit ({reason}); are --control and --norm those that it was "
-                        "trained with?")
+        raise UserError(f"checkpoint {source} does not fit ({reason}); are --control and --norm those that "
+                        "it was trained with?")
 
 
 def export_weights(model, path):
@@ -1353,7 +1361,6 @@ class Trainer:
             self.micro_step(*batch)
             self.model.masks.load_state_dict(state)
         self.model.zero_grad(set_to_none=True)
-        self.rt.synchronize()
         return time.perf_counter() - start
 
     def micro_step(self, x, y):
@@ -1365,8 +1372,8 @@ class Trainer:
         return loss.detach(), ce.detach(), stats.detach()
 
     def gradients(self):
-        """Those of a step's micro-batches. Returns, of all ranks: their mean loss, cross-entropy and active tokens
-        a micro-batch, (R, 3); the gate statistics (L/2, 4); and whether a signal came."""
+        """Those of a step's micro-batches. Returns, of all ranks: their mean loss, cross-entropy and active
+        tokens a micro-batch, (R, 3); the gate statistics (L/2, 4); and whether a signal came."""
         rt, A = self.rt, self.loader.accumulation
         signals = torch.tensor(float(self.signals), dtype=torch.float64, device=rt.device)
         ranks, stats = signals.new_zeros(rt.world, 3), signals.new_zeros(self.cfg.n_levels, 4)
@@ -1388,13 +1395,12 @@ class Trainer:
         check_finite(step, loss=sum(losses), gradient=norm.item())
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.control.update(moments(stats, cfg.step_tokens))
         self.loader.place += 1
-        self.stopping = signals.item() > 0
-        self.rt.synchronize()
+        self.stopping = signals.item() > 0  # (and a GPU is waited for)
         seconds = time.perf_counter() - start
         self.train_s += seconds
         self.train_flops += 3 * realised_flops(cfg, stats, cfg.step_tokens)
@@ -1408,19 +1414,15 @@ class Trainer:
             event["rank_imbalance"] = max(active) / max(fmean(active), 1.0)
         return rounded(event)
 
-    def validate(self, step):
-        event = evaluate(self.model, self.cfg, self.rt, self.shards["val"])
-        check_finite(step, validation=event["cross_entropy"])
-        return rounded({"step": step, **event})
-
     def save(self, step, record):
         if not self.rt.main:
             return
         with writing(record.folder / "metrics.jsonl"):
             os.fsync(record.metrics.fileno())
         state = {name: part.state_dict() for name, part in self.parts.items()} | {
-            "step": step, "place": self.loader.place, "train_s": self.train_s, "train_flops": self.train_flops,
-            "record_bytes": os.fstat(record.metrics.fileno()).st_size, "rng": torch.get_rng_state()}
+            "step": step, "place": self.loader.place, "train_s": self.train_s,
+            "train_flops": self.train_flops, "rng": torch.get_rng_state(),
+            "record_bytes": os.fstat(record.metrics.fileno()).st_size}
         write_atomically(record.folder / f"checkpoint_{step}.pt", lambda f: torch.save(state, f))
         for path in checkpoints(record.folder)[:-2]:
             path.unlink()
@@ -1429,17 +1431,13 @@ class Trainer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            for optimizer in self.optimizers.values():
-                for p, held in optimizer.state.items():
-                    for moment in held.values():  # (torch does not check their sizes)
-                        moment.expand_as(p)
             self.loader.place = int(state["place"])
             torch.set_rng_state(state["rng"])
             self.train_s, self.train_flops = float(state["train_s"]), float(state["train_flops"])
             self.first_step = range(self.cfg.num_steps + 1)[state["step"]]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove it to "
-                            "go on from an earlier one")
+            raise UserError(f"checkpoint {source} is not one of this run ({type(e).__name__}: {e}); remove "
+                            "it to go on from an earlier one")
 
 
 def check_finite(step, **values):
@@ -1461,8 +1459,8 @@ def train(cfg, weights):
     first, rt = trainer.first_step, trainer.rt
     rt.sum(total := torch.tensor(first, device=rt.device))
     if total != rt.world * first:
-        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {first}, elsewhere of another: "
-                        "copy the record to every machine")
+        raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {first}, elsewhere of "
+                        "another: copy the record to every machine")
     record = Record(cfg, rt, first)
     with closing(record.bar):
         if rt.main:
@@ -1480,7 +1478,8 @@ def run(trainer, record):
         if step > trainer.first_step and (last or step % cfg.save_every == 0):
             trainer.save(step, record)
         if last or step % cfg.val_every == 0:
-            event = trainer.validate(step)
+            event = rounded({"step": step, **evaluate(trainer.model, cfg, trainer.rt, trainer.shards["val"])})
+            check_finite(step, validation=event["cross_entropy"])
             reached = step > 0 and event["cross_entropy"] <= given(cfg.target_loss, -math.inf)
             if reached:
                 trainer.save(step, record)
@@ -1490,7 +1489,8 @@ def run(trainer, record):
         record.step(trainer.train_step(step))
         if trainer.stopping:
             trainer.save(step + 1, record)
-            record.write("summary.json", {"interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
+            record.write("summary.json", {
+                "interrupted": True, "step": step + 1, "train_seconds": trainer.train_s})
             record.say(f"interrupted after step {step + 1}; go on with: ./run.sh --resume {record.folder}")
             return 0
 
@@ -1519,18 +1519,16 @@ def latest_checkpoint(folder):
 def open_record(trainer, record, state):
     """Write what is known at the start; or, on resume, cut the metrics back to the checkpoint."""
     cfg, env = trainer.cfg, environment(trainer.rt, trainer.shards)
-    env |= {"parameters": trainer.parameters, "compile_seconds": trainer.compile_s}
     if cfg.resume:
         record.metrics.truncate(state["record_bytes"] if state else 0)
         for path in checkpoints(record.folder):
             if int(path.stem.split("_")[1]) > trainer.first_step:
                 path.unlink()  # it could not be read
-        record.say(f"resumed at step {trainer.first_step} on {env['device']}, commit {env['git_commit']}")
-        if read_json(record.folder / "env.json").get("source_sha256") != source_hash():
-            record.say("WARNING: this is not the script that began this record, of which it has a copy")
+        record.say(f"resumed at step {trainer.first_step} on {env['device']}, commit {env['git_commit']}, "
+                   f"script {env['source_sha256'][:16]} (it began with the one in env.json)")
         return
     record.write("env.json", env)
-    record.write(Path(__file__).name, Path(__file__).read_text())
+    shutil.copy(__file__, record.folder)
     record.write("config.json", {k: shown(v) for k, v in asdict(cfg).items()})
     record.show("--opening", wait=True)
 
@@ -1553,18 +1551,16 @@ def finish(trainer, record, last, reached):
         return 0
     export_weights(trainer.model, record.folder / "model.safetensors")
     speed = step * cfg.step_tokens / max(seconds, 1e-9)
-    averaging = trainer.parallel._get_ddp_logging_data() if rt.world > 1 else {}
     record.write("summary.json", last | {
         "interrupted": False, "target_reached": reached, "sparsity": fmean(last["gate_zero"]),
         "parameters": trainer.parameters, "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
-        "recompiles_after_warm_up": graphs_compiled() - trainer.graphs, "peak_memory_bytes": rt.peak_memory(),
-        # a step's nanoseconds, as DDP measures them
-        "averaging_ns": averaging.get("avg_backward_comm_time"),
-        "averaging_hidden_ns": averaging.get("avg_backward_compute_comm_overlap_time")})
+        "recompiles_after_warm_up": graphs_compiled() - trainer.graphs, "peak_memory_bytes": peak_memory(rt),
+        # with nanoseconds of computing, of averaging gradients, and of both at once
+        "ddp": trainer.parallel._get_ddp_logging_data() if rt.world > 1 else None})
     record.bar.close()
-    record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token, {step} steps in {seconds:.0f} s, "
-               f"{speed:.0f} tokens/s; record: {record.folder}")
+    record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token, {step} steps in {seconds:.0f} "
+               f"s, {speed:.0f} tokens/s; record: {record.folder}")
     record.show(wait=True)
     return 0
 
@@ -1584,7 +1580,8 @@ def parse_settings(parser, argv, names=tuple(FIELDS)):
         how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {
             "type": TYPES[kind], "choices": f.metadata["choices"] or None}
         default = "" if f.default is None else f" (default: {f.default})"
-        groups[of].add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
+        groups[of].add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default,
+                                **how)
     args = parser.parse_args(argv)
     return args, {name: value for name, value in vars(args).items() if name in names}
 
@@ -1602,7 +1599,6 @@ def resolve(explicit):
         if settings:
             raise UserError("--preset and --config both choose the settings: leave one out")
         settings = recorded_settings(explicit["config"])
-    explicit = restarted_record((settings | explicit).get("records_dir", "records")) | explicit
     resume = explicit.get("resume")
     if resume:
         settings = recorded_settings(resume)
@@ -1623,17 +1619,6 @@ def resolve(explicit):
 
 RESUME_MAY_CHANGE = {"resume", "init_from", "device", "compile", "log_every", "save_every", "records_dir",
                      "name", "device_batch_size"}
-
-
-def restarted_record(records_dir):
-    """--resume of the record that this torchrun began before it restarted its processes, or {}; of several
-    machines they share a name, "none", with all others."""
-    run = environ.get("TORCHELASTIC_RUN_ID", "none")
-    if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and run != "none":
-        for path in sorted(Path(records_dir).glob("*/env.json"), reverse=True):
-            if f'"torchrun": "{run}"' in path.read_text():
-                return {"resume": str(path.parent)}
-    return {}
 
 
 def recorded_settings(source):
@@ -1683,31 +1668,26 @@ def exit_status(run):
             tell("error", f"out of memory: use a smaller --device_batch_size ({str(e)[:100]})", own=True)
             return 2
         if isinstance(e, dist.DistError) or "gloo/transport" in str(e):
-            tell("stopped", f"lost the other processes ({str(e)[:100]}); go on from the last checkpoint with --resume")
+            tell("stopped", f"lost the other processes ({str(e)[:100]}); go on with --resume")
             return 1
         raise
 
 
 def main(argv=None):
-    parser = Parser("train_gpt_skip.py", usage="%(prog)s [--FLAG VALUE]...", allow_abbrev=False,
-                    description="Train a model and write a record.",
-                    epilog="A finished run is looked at with ./run.sh eval, sample and convert (--help).")
+    parser = Parser(usage="%(prog)s [--FLAG VALUE]...", description="Train a model and write a record.",
+                    allow_abbrev=False)
     return exit_status(lambda: train(*resolve(parse_settings(parser, argv)[1])))
-
-
-def leave(status):
-    """Of several processes one ends at once: DDP leaves gloo's threads behind, which abort the process if
-    they drop a tensor while Python shuts down, and a rank that failed must not wait for the others."""
-    if "RANK" in environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":
     try:
-        leave(main())
+        status = main()
     except Exception:
         traceback.print_exc()
-        leave(1)
+        status = 1
+    if "RANK" in environ:
+        # Of several processes one ends at once: DDP leaves gloo's threads behind, which abort the process if
+        # they drop a tensor while Python shuts down, and a rank that failed must not wait for the others.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
