@@ -2868,7 +2868,7 @@ def live_run(parent, row, seed=0, loss=1.0, flops=None, zero=0.5, second=0, **se
              *(train | gates | dict(step=step) for step in range(0, 30, 5)),
              dict(kind="val", step=30, cross_entropy=loss, **gates)]
     flops, tokens = flops or archive.realised_flops(c, zeros)[1], 30 * c["batch_size"] * c["max_seq_len"]
-    summary = dict(found[-1], interrupted=False, ranks=1, sparsity=mean(zeros),
+    summary = dict(found[-1], interrupted=False, ranks=1, sparsity=mean(zeros), control=c["control"],
                    realised_flops_per_token=flops, train_flops=3 * flops * tokens, train_seconds=2.0,
                    tokens_per_s=tokens / 2)
     env = dict(source_sha256=hashlib.sha256(script.encode()).hexdigest(), device="a CPU")
@@ -3178,7 +3178,8 @@ def test_verify_notices_a_changed_digit_of_any_packed_number_or_table(reported, 
     ("summary.json", '_token": ', '_token": 9', "realised_flops_per_token"),
     ("summary.json", '"train_flops": ', '"train_flops": 9', "train_flops"),
     ("metrics.jsonl", '"step": 5', '"step": 6', "training steps once"),
-    ("metrics.jsonl", '"gate_zero": [0.5', '"gate_zero": [0.6', "gate_zero"),
+    ("metrics.jsonl", '"mean_coef": [0.5', '"mean_coef": [0.4', "other gates in the second half"),
+    ("summary.json", '"gate_zero": [0.5', '"gate_zero": [0.6', "gate_zero of [0.6"),
     ("config.json", '"dim": 16', '"dim": 18', "realised_flops_per_token"),
     ("config.json", '"dim": 16', '"dim": "x"', "TypeError"), ("env.json", "}", "", "damaged: env.json")])
 def test_verify_holds_a_live_run_against_itself_and_names_what_disagrees(tmp_path, file, old, new, said,
