@@ -153,7 +153,7 @@ def complete(run: dict) -> tuple[dict, dict]:
             raise RecordError("it holds no script with env.json's source_sha256, the one that ran")
         for event in events:
             if any(value != value[::-1] for value in event.values() if isinstance(value, list)):
-                raise RecordError(f"metrics.jsonl has other gates in the second half, at step {event['step']}")
+                raise RecordError(f"metrics.jsonl: step {event['step']} has other gates in the second half")
         if curve["step"] != list(range(0, steps, every)):
             raise RecordError(f"metrics.jsonl does not hold every {every} of {steps} training steps once")
         check(whole, curve)

@@ -45,7 +45,7 @@ def survival(t: float, df: float) -> float:
     return area(math.atan(t / math.sqrt(df))) / area(-math.pi / 2)
 
 
-class Row:
+class Result:
     """The finished seeds of a setting, by seed."""
 
     def __init__(self, name: str, known: archive.Row | None, runs: list[dict], timed: dict):
@@ -96,7 +96,10 @@ class Comparison:
         for (name, _), run in sorted(archive.newest(folder).items()):
             of_rows.setdefault(name, []).append(run)
         timed = times_of(folder, of_rows)
-        self.rows = {name: Row(name, known.get(name), runs, timed) for name, runs in of_rows.items()}
+        try:
+            self.rows = {name: Result(name, known.get(name), runs, timed) for name, runs in of_rows.items()}
+        except archive.DAMAGE as e:
+            raise RecordError(f"a record in {folder} is damaged ({e!r}): ./run.sh report --verify names it")
         for cost in COSTS:
             one = self.rows[track["unit"]].cost(cost)
             for row in self.rows.values():
@@ -107,7 +110,7 @@ class Comparison:
                   if found[2] >= track["seeds"]}
         self.decided = [self.rows[name] for name in sorted(enough, key=enough.get)]  # the best first
 
-    def dense_line(self, line: str, cost: str, measured={}) -> list[tuple[float, Row]]:
+    def dense_line(self, line: str, cost: str, measured={}) -> list[tuple[float, Result]]:
         """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if
         it has several of them."""
         found = [r for r in self.rows.values() if r.dense and r.line == line and r.cost(cost) > 0]
@@ -118,7 +121,7 @@ class Comparison:
         return sorted(((measured[r.name][timed] * (r.steps / steps if timed == "train" else 1), r)
                        for r in here), key=lambda point: point[0])
 
-    def against_line(self, row: Row, cost: str) -> tuple | None:
+    def against_line(self, row: Result, cost: str) -> tuple | None:
         """(difference, p, least seeds of a side, standard error, degrees of freedom) of a row to the line
         through the dense rows of its regime, each seed at its own cost and, for a time, against the line of
         its own measurement; p, one-sided, that the row lies as far below by chance. Welch's t: to the
@@ -141,7 +144,7 @@ class Comparison:
         error = math.sqrt(sum(variance))
         return mean(differences), survival(-mean(differences) / error, df), seeds, error, df
 
-    def against_target(self, row: Row) -> tuple:
+    def against_target(self, row: Result) -> tuple:
         """(difference, p, seeds) of the row's mean loss to the track's target; one-sided, by Student's t."""
         difference, p = row.mean - self.track["target"], math.nan
         if row.n > 1:
@@ -157,7 +160,7 @@ class Comparison:
         return f"{difference:+.4f}, p {p:.2g}: {verb + 's' if p < self.track['p'] else 'does not ' + verb}"
 
 
-def shares(x: float, dense: list[tuple[float, Row]]) -> dict[str, float] | None:
+def shares(x: float, dense: list[tuple[float, Result]]) -> dict[str, float] | None:
     """The line through the dense rows at cost x, as their weights in it by name; None beyond their range, but
     for a twentieth above it, where the last segment goes on (below the convex curve: this favours dense)."""
     for (low, a), (high, b) in zip(dense, dense[1:]):
@@ -236,6 +239,7 @@ def bench_table(bench: dict) -> str:
 # ---- figures ----------------------------------------------------------------------------------------------
 
 def canvas(columns: int, **how):
+    """A figure and its axes, side by side."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -248,10 +252,10 @@ def canvas(columns: int, **how):
 
 
 def draw_track(c: Comparison, path: Path):
-    """The dense line of the regime with most rows; and each decided row against its own line, with standard
-    errors, filled where it beats the line."""
+    """The longest dense line; and each decided row against its own line, with standard errors, filled where
+    it beats the line."""
     fig, (left, right) = canvas(2, figsize=(13, 2 + 0.27 * max(12, len(c.decided))), width_ratios=(1, 1.2))
-    line = Counter(r.line for r in c.rows.values()).most_common(1)[0][0]
+    line = Counter(r.line for r in c.rows.values() if r.dense).most_common(1)[0][0]
     points = [(x, r.mean, r.sd) for x, r in c.dense_line(line, "forward FLOPs")]
     left.errorbar(*zip(*points), fmt="s-", color="0.4", ms=5, lw=1, capsize=3, label="dense")
     for i, row in enumerate(c.decided):
