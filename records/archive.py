@@ -233,9 +233,9 @@ def newest(parent: Path) -> dict[tuple[str, int], dict]:
     return {(run["row"], run["seed"]): run for run in runs(parent) if run["state"] == "finished"}
 
 
-def measurements(parent: Path, kind: str) -> list[dict]:
-    """What was measured of a kind, times or bench, packed and live, in order of names."""
-    found = lines(parent / f"{kind}.jsonl") + [*map(measurement, parent.glob(f"*/{kind}.json"))]
+def times(parent: Path) -> list[dict]:
+    """What ./run.sh tracks time measured, packed and live, in order of names."""
+    found = lines(parent / "times.jsonl") + [*map(measurement, parent.glob("*/times.json"))]
     return sorted(found, key=lambda line: line["name"])
 
 

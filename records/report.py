@@ -3,9 +3,10 @@
     ./run.sh report [FOLDER]     # of FOLDER, which holds records (default: this one)
     ./run.sh report --verify     # read every number again; exit 2 if one is off
 
-It prints its tables, writes them between two markers of FOLDER/README.md, whose other text stays as it is,
-and draws FOLDER/TRACK.png, of each track of records/tracks.toml: its rows against their dense lines, or,
-where it decides nothing, the paper's Figure 2.
+It prints the tables of all records. Those of packed benchmarks and of the tracks of records/tracks.toml, whose
+runs lie in FOLDER/TRACK, it writes between two markers of FOLDER/README.md too, whose other text stays as it
+is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines, or, where it decides nothing, the
+paper's Figure 2.
 
 --verify notices any changed number of a packed run, of a measurement, of a script or of the README's tables;
 and of a finished live run what its other files tell: its script, and the summary's loss, gates, sparsity,
@@ -79,7 +80,7 @@ def times_of(folder: Path, of_rows: dict[str, list[dict]]) -> dict[str, tuple[di
     """By the name of a row or run: its newest times over the unit's, and all of that measurement. A row has
     the mean of its runs', for seeds whose weights were not there."""
     timed = {}
-    for line in archive.measurements(folder, "times"):
+    for line in archive.times(folder):
         timed |= {name: (times, line["ratios"]) for name, times in line["ratios"].items()}
     for row, runs in of_rows.items():
         names = {run["name"] for run in runs}
@@ -314,22 +315,24 @@ def faults(folder: Path):
             yield f"{run['name']}: {e}"
 
 
-def page(folder: Path, draw: bool) -> list[str]:
-    """The parts of what the README says between its markers, live runs last; with `draw`, figures too."""
+def page(folder: Path, draw: bool) -> str:
+    """What the README says between its markers; with `draw`, figures too."""
     parts = []
     for name, track in archive.TRACKS.items():
-        found = archive.newest(folder / name)
+        found, figure = archive.newest(folder / name), folder / f"{name}.png"
+        if not found:
+            continue
+        parts.append(f"![{track['title']}]({name}.png)\n")
         if track.get("unit") in {row for row, _ in found}:
             comparison = Comparison(folder / name, track)
-            parts += [f"![{track['title']}]({name}.png)\n", *track_tables(comparison)]
+            parts += track_tables(comparison)
             if draw:
-                draw_track(comparison, folder / f"{name}.png")
-        elif found:
-            parts += [f"![{track['title']}]({name}.png)\n", run_table(track["title"], [*found.values()])]
+                draw_track(comparison, figure)
+        else:
+            parts.append(run_table(track["title"], [*found.values()]))
             if draw:
-                draw_figure2([*found.values()], folder / f"{name}.png")
-    parts += map(bench_table, archive.measurements(folder, "bench"))
-    return [*parts, run_table("Runs by themselves", archive.runs(folder))]
+                draw_figure2([*found.values()], figure)
+    return "\n".join([*parts, *map(bench_table, archive.lines(folder / "bench.jsonl"))])
 
 
 def split(path: Path) -> tuple[str, str, str]:
@@ -348,12 +351,9 @@ def verify(folder: Path) -> int:
     wrong, places = [], [folder, *(folder / name for name in archive.TRACKS)]
     for place in places:
         wrong += faults(place)
-    _, old, _ = split(folder / "README.md")
-    if old and not wrong:
-        *fixed, live = page(folder, draw=False)
-        fixed, live, old = set("\n".join(fixed).splitlines()), set(live.splitlines()), set(old.splitlines())
-        for line in [*sorted(old - fixed - live), *sorted(fixed - old)][:1]:  # (new live runs may be missing)
-            wrong.append(f"README.md is not what ./run.sh report makes of the records: {line}")
+    _, tables, _ = split(folder / "README.md")
+    if tables and not wrong and tables != f"\n{page(folder, draw=False)}":
+        wrong.append("README.md: its tables are not those of the records, which ./run.sh report would write")
     for sentence in wrong:
         print(f"report.py: error: {sentence}", file=sys.stderr)
     print(f"{sum(len(archive.runs(place)) for place in places)} runs read, {len(wrong)} wrong")
@@ -370,16 +370,17 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{args.folder} is not a folder")
         if args.verify:
             return verify(args.folder)
-        readme = args.folder / "README.md"
+        readme, runs = args.folder / "README.md", archive.runs(args.folder)
         before, _, after = split(readme)
-        text = "\n".join(filter(None, page(args.folder, draw=True)))
-        if not text:
+        if tables := page(args.folder, draw=True):
+            partial = readme.with_name("README.md.partial")
+            partial.write_bytes(f"{before}{BEGIN}\n{tables}{END}{after}".encode())
+            os.replace(partial, readme)
+        parts = [tables, run_table("Runs by themselves", runs)]
+        parts += [bench_table(archive.measurement(path)) for path in sorted(args.folder.glob("*/bench.json"))]
+        print(*filter(None, parts), sep="\n", end="")
+        if not any(parts):
             print("no records yet: make one with ./run.sh, or those of a track with ./run.sh tracks run")
-            return 0
-        partial = readme.with_name("README.md.partial")
-        partial.write_bytes(f"{before}{BEGIN}\n{text}{END}{after}".encode())
-        os.replace(partial, readme)
-        print(f"{text}\nwritten to {readme}")
         return 0
 
     return archive.exit_status(body)
