@@ -3,9 +3,10 @@
     ./run.sh report [FOLDER]     # of FOLDER, which holds records (default: this one)
     ./run.sh report --verify     # read every number again; exit 2 if one is off
 
-It prints its tables, writes them between two markers of FOLDER/README.md, whose other text stays as it is,
-and draws FOLDER/TRACK.png, of each track of records/tracks.toml: its rows against their dense lines, or,
-where it decides nothing, the paper's Figure 2.
+It prints the tables of all records. Those of packed benchmarks and of the tracks of records/tracks.toml, whose
+runs lie in FOLDER/TRACK, it writes between two markers of FOLDER/README.md too, whose other text stays as it
+is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines, or, where it decides nothing, the
+paper's Figure 2.
 
 --verify notices any changed number of a packed run, of a measurement, of a script or of the README's tables;
 and of a finished live run what its other files tell: its script, and the summary's loss, gates, sparsity,
@@ -45,7 +46,7 @@ def survival(t: float, df: float) -> float:
     return area(math.atan(t / math.sqrt(df))) / area(-math.pi / 2)
 
 
-class Row:
+class Result:
     """The finished seeds of a setting, by seed."""
 
     def __init__(self, name: str, known: archive.Row | None, runs: list[dict], timed: dict):
@@ -79,7 +80,7 @@ def times_of(folder: Path, of_rows: dict[str, list[dict]]) -> dict[str, tuple[di
     """By the name of a row or run: its newest times over the unit's, and all of that measurement. A row has
     the mean of its runs', for seeds whose weights were not there."""
     timed = {}
-    for line in archive.measurements(folder, "times"):
+    for line in archive.times(folder):
         timed |= {name: (times, line["ratios"]) for name, times in line["ratios"].items()}
     for row, runs in of_rows.items():
         names = {run["name"] for run in runs}
@@ -96,7 +97,10 @@ class Comparison:
         for (name, _), run in sorted(archive.newest(folder).items()):
             of_rows.setdefault(name, []).append(run)
         timed = times_of(folder, of_rows)
-        self.rows = {name: Row(name, known.get(name), runs, timed) for name, runs in of_rows.items()}
+        try:
+            self.rows = {name: Result(name, known.get(name), runs, timed) for name, runs in of_rows.items()}
+        except archive.DAMAGE as e:
+            raise RecordError(f"a record in {folder} is damaged ({e!r}): ./run.sh report --verify names it")
         for cost in COSTS:
             one = self.rows[track["unit"]].cost(cost)
             for row in self.rows.values():
@@ -107,7 +111,7 @@ class Comparison:
                   if found[2] >= track["seeds"]}
         self.decided = [self.rows[name] for name in sorted(enough, key=enough.get)]  # the best first
 
-    def dense_line(self, line: str, cost: str, measured={}) -> list[tuple[float, Row]]:
+    def dense_line(self, line: str, cost: str, measured={}) -> list[tuple[float, Result]]:
         """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if
         it has several of them."""
         found = [r for r in self.rows.values() if r.dense and r.line == line and r.cost(cost) > 0]
@@ -118,7 +122,7 @@ class Comparison:
         return sorted(((measured[r.name][timed] * (r.steps / steps if timed == "train" else 1), r)
                        for r in here), key=lambda point: point[0])
 
-    def against_line(self, row: Row, cost: str) -> tuple | None:
+    def against_line(self, row: Result, cost: str) -> tuple | None:
         """(difference, p, least seeds of a side, standard error, degrees of freedom) of a row to the line
         through the dense rows of its regime, each seed at its own cost and, for a time, against the line of
         its own measurement; p, one-sided, that the row lies as far below by chance. Welch's t: to the
@@ -141,7 +145,7 @@ class Comparison:
         error = math.sqrt(sum(variance))
         return mean(differences), survival(-mean(differences) / error, df), seeds, error, df
 
-    def against_target(self, row: Row) -> tuple:
+    def against_target(self, row: Result) -> tuple:
         """(difference, p, seeds) of the row's mean loss to the track's target; one-sided, by Student's t."""
         difference, p = row.mean - self.track["target"], math.nan
         if row.n > 1:
@@ -157,7 +161,7 @@ class Comparison:
         return f"{difference:+.4f}, p {p:.2g}: {verb + 's' if p < self.track['p'] else 'does not ' + verb}"
 
 
-def shares(x: float, dense: list[tuple[float, Row]]) -> dict[str, float] | None:
+def shares(x: float, dense: list[tuple[float, Result]]) -> dict[str, float] | None:
     """The line through the dense rows at cost x, as their weights in it by name; None beyond their range, but
     for a twentieth above it, where the last segment goes on (below the convex curve: this favours dense)."""
     for (low, a), (high, b) in zip(dense, dense[1:]):
@@ -236,6 +240,7 @@ def bench_table(bench: dict) -> str:
 # ---- figures ----------------------------------------------------------------------------------------------
 
 def canvas(columns: int, **how):
+    """A figure and its axes, side by side."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -248,10 +253,10 @@ def canvas(columns: int, **how):
 
 
 def draw_track(c: Comparison, path: Path):
-    """The dense line of the regime with most rows; and each decided row against its own line, with standard
-    errors, filled where it beats the line."""
+    """The longest dense line; and each decided row against its own line, with standard errors, filled where
+    it beats the line."""
     fig, (left, right) = canvas(2, figsize=(13, 2 + 0.27 * max(12, len(c.decided))), width_ratios=(1, 1.2))
-    line = Counter(r.line for r in c.rows.values()).most_common(1)[0][0]
+    line = Counter(r.line for r in c.rows.values() if r.dense).most_common(1)[0][0]
     points = [(x, r.mean, r.sd) for x, r in c.dense_line(line, "forward FLOPs")]
     left.errorbar(*zip(*points), fmt="s-", color="0.4", ms=5, lw=1, capsize=3, label="dense")
     for i, row in enumerate(c.decided):
@@ -310,22 +315,24 @@ def faults(folder: Path):
             yield f"{run['name']}: {e}"
 
 
-def page(folder: Path, draw: bool) -> list[str]:
-    """The parts of what the README says between its markers, live runs last; with `draw`, figures too."""
+def page(folder: Path, draw: bool) -> str:
+    """What the README says between its markers; with `draw`, figures too."""
     parts = []
     for name, track in archive.TRACKS.items():
-        found = archive.newest(folder / name)
+        found, figure = archive.newest(folder / name), folder / f"{name}.png"
+        if not found:
+            continue
+        parts.append(f"![{track['title']}]({name}.png)\n")
         if track.get("unit") in {row for row, _ in found}:
             comparison = Comparison(folder / name, track)
-            parts += [f"![{track['title']}]({name}.png)\n", *track_tables(comparison)]
+            parts += track_tables(comparison)
             if draw:
-                draw_track(comparison, folder / f"{name}.png")
-        elif found:
-            parts += [f"![{track['title']}]({name}.png)\n", run_table(track["title"], [*found.values()])]
+                draw_track(comparison, figure)
+        else:
+            parts.append(run_table(track["title"], [*found.values()]))
             if draw:
-                draw_figure2([*found.values()], folder / f"{name}.png")
-    parts += map(bench_table, archive.measurements(folder, "bench"))
-    return [*parts, run_table("Runs by themselves", archive.runs(folder))]
+                draw_figure2([*found.values()], figure)
+    return "\n".join([*parts, *map(bench_table, archive.lines(folder / "bench.jsonl"))])
 
 
 def split(path: Path) -> tuple[str, str, str]:
@@ -344,12 +351,9 @@ def verify(folder: Path) -> int:
     wrong, places = [], [folder, *(folder / name for name in archive.TRACKS)]
     for place in places:
         wrong += faults(place)
-    _, old, _ = split(folder / "README.md")
-    if old and not wrong:
-        *fixed, live = page(folder, draw=False)
-        fixed, live, old = set("\n".join(fixed).splitlines()), set(live.splitlines()), set(old.splitlines())
-        for line in [*sorted(old - fixed - live), *sorted(fixed - old)][:1]:  # (new live runs may be missing)
-            wrong.append(f"README.md is not what ./run.sh report makes of the records: {line}")
+    _, tables, _ = split(folder / "README.md")
+    if tables and not wrong and tables != f"\n{page(folder, draw=False)}":
+        wrong.append("README.md: its tables are not those of the records, which ./run.sh report would write")
     for sentence in wrong:
         print(f"report.py: error: {sentence}", file=sys.stderr)
     print(f"{sum(len(archive.runs(place)) for place in places)} runs read, {len(wrong)} wrong")
@@ -366,16 +370,17 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{args.folder} is not a folder")
         if args.verify:
             return verify(args.folder)
-        readme = args.folder / "README.md"
+        readme, runs = args.folder / "README.md", archive.runs(args.folder)
         before, _, after = split(readme)
-        text = "\n".join(filter(None, page(args.folder, draw=True)))
-        if not text:
+        if tables := page(args.folder, draw=True):
+            partial = readme.with_name("README.md.partial")
+            partial.write_bytes(f"{before}{BEGIN}\n{tables}{END}{after}".encode())
+            os.replace(partial, readme)
+        parts = [tables, run_table("Runs by themselves", runs)]
+        parts += [bench_table(archive.measurement(path)) for path in sorted(args.folder.glob("*/bench.json"))]
+        print(*filter(None, parts), sep="\n", end="")
+        if not any(parts):
             print("no records yet: make one with ./run.sh, or those of a track with ./run.sh tracks run")
-            return 0
-        partial = readme.with_name("README.md.partial")
-        partial.write_bytes(f"{before}{BEGIN}\n{text}{END}{after}".encode())
-        os.replace(partial, readme)
-        print(f"{text}\nwritten to {readme}")
         return 0
 
     return archive.exit_status(body)
