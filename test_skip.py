@@ -89,8 +89,9 @@ def oracle_forward(tokens, P, cfg):
     """(logits (B, T, V), gates (L, B, T)) of tokens (B, T), from parameters P by released name, float64."""
     logits, gates = [], []
     for sequence in tokens:
-        h = [oracle_norm(P["tok_embeddings.weight"][t], P["input_norm.weight"], cfg.norm_eps)
-             for t in sequence]
+        h = [P["tok_embeddings.weight"][t] for t in sequence]
+        if cfg.norm != "llama":
+            h = [oracle_norm(v, P["input_norm.weight"], cfg.norm_eps) for v in h]
         S, g_of = [torch.zeros((), dtype=torch.float64)] * len(h), {}
         for l in range(cfg.n_layers):
             if not cfg.gated:
@@ -152,7 +153,8 @@ def model_logits(model, tokens):
 @pytest.mark.parametrize("kw", [
     dict(), dict(closing=0.3), dict(closing=0.6, n_layers=6), dict(closing=1.5),
     dict(closing=0.3, n_kv_heads=1),
-    dict(closing=0.3, norm="pre"), dict(control="dense"), dict(control="dense", n_layers=3),
+    dict(closing=0.3, norm="pre"), dict(closing=0.3, norm="llama"), dict(control="dense"),
+    dict(control="dense", norm="llama"), dict(control="dense", n_layers=3),
     dict(control="dense", n_layers=1), dict(closing=0.3, gate_attention="none", compute="masked"),
     dict(n_layers=2, closing=0.3), dict(closing=0.4, compute="masked")], ids=str)
 def test_outputs_loss_and_every_gradient_are_those_of_the_paper_equations(kw):

@@ -81,7 +81,8 @@ class Config:
     use_scaled_rope: bool = flag(False, "Llama 3's scaling of the rotary frequencies")
     max_seq_len: int = flag(1024, "sequence length T, in tokens")
     initializer_range: float = flag(0.02, "standard deviation of the initial weights")
-    norm: str = flag("sandwich", "norm of a module's input and output, or only its input", "sandwich", "pre")
+    norm: str = flag("sandwich", "norm of a module's input and output, of its input, or (llama) of that but "
+                     "not of the embeddings", "sandwich", "pre", "llama")
     gate_attention: str = flag("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
     compute: str = flag("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     # gates
@@ -604,7 +605,7 @@ class MiddleSkippingTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.input_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.input_norm = nn.Identity() if cfg.norm == "llama" else RMSNorm(cfg.dim, cfg.norm_eps)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.masks = nn.ModuleList(Router(cfg.dim) for _ in range(cfg.n_routers))
         self.output_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -632,7 +633,9 @@ class MiddleSkippingTransformer(nn.Module):
         n, stats, flex = len(tokens), [] if cache is None else None, uses_flex(tokens.device)
         rows, here = padded_rows(n, flex), torch.arange(n, device=tokens.device)
         layout = self.lower(make_layout)(seq, pos, here, n_seqs, (self.cos, self.sin), rows, flex)
-        h = self.lower(RMSNorm.forward)(self.input_norm, self.tok_embeddings(padded(tokens, rows, 0)))
+        h = self.tok_embeddings(padded(tokens, rows, 0))
+        if self.cfg.norm != "llama":
+            h = self.lower(RMSNorm.forward)(self.input_norm, h)
         random = self.cfg.control == "random"
         S = coin(tokens, pos, self.cfg.seed) if random else torch.zeros(n, device=tokens.device)
         h = self.span(h, padded(S, rows, 1.0), layout, 0, depth, stats, cache)  # (padding skips: S = 1)
@@ -1329,7 +1332,7 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, ret
         lacks, hint = wrong[0] in own, ""
         if lacks and wrong[0].startswith("masks."):
             hint = "; try --control dense"
-        elif "post" in wrong[0]:
+        elif "norm" in wrong[0]:
             hint = "; is --norm the one it was trained with?"
         raise UserError(f"checkpoint {source} does not fit: it {'lacks' if lacks else 'also has'} {wrong[0]} "
                         f"({len(wrong)} such names){hint}")
