@@ -285,14 +285,16 @@ def test_a_batch_in_which_no_token_runs_any_block_still_gives_every_parameter_a_
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_scaled_rope_is_llama_3s():
-    cfg = Config(**TINY | dict(use_scaled_rope=True, dim=64, rope_theta=500000.0))
+@pytest.mark.parametrize("factor", [8, 32])
+def test_scaled_rope_is_llama_3s(factor):
+    cfg = Config(**TINY | dict(use_scaled_rope=True, dim=64, rope_theta=500000.0, rope_factor=factor))
     cos, _ = tgs.rope_table(cfg)
     for p in range(cfg.head_dim // 2):
         f = cfg.rope_theta ** (-2 * p / cfg.head_dim)
         wavelength = 2 * math.pi / f
         smooth = (8192 / wavelength - 1) / 3
-        f = f if wavelength < 2048 else f / 8 if wavelength > 8192 else (1 - smooth) * f / 8 + smooth * f
+        if wavelength > 2048:
+            f = f / factor if wavelength > 8192 else (1 - smooth) * f / factor + smooth * f
         assert cos[5, p].item() == pytest.approx(math.cos(5 * f), abs=1e-5)
 
 

@@ -79,6 +79,7 @@ class Config:
     norm_eps: float = flag(1e-5, "RMSNorm epsilon")
     rope_theta: float = flag(10000.0, "base of the rotary frequencies")
     use_scaled_rope: bool = flag(False, "Llama 3's scaling of the rotary frequencies")
+    rope_factor: float = flag(8.0, "by which --use_scaled_rope divides the lowest (Llama 3.1: 8, 3.2: 32)")
     max_seq_len: int = flag(1024, "sequence length T, in tokens")
     initializer_range: float = flag(0.02, "standard deviation of the initial weights")
     norm: str = flag("sandwich", "norm of a module's input and output, of its input, or (llama) of that but "
@@ -176,8 +177,8 @@ class Config:
             f"--control {self.control} never moves its coefficients: leave out --coef_update")
 
 
-MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:14]
-SIZES = MODEL_FIELDS[:10]  # what a checkpoint fixes
+MODEL_FIELDS = [f.name for f in dataclasses.fields(Config)][:15]
+SIZES = MODEL_FIELDS[:11]  # what a checkpoint fixes
 GATE_FIELDS = ["control", "mean_target_start", "mean_target_end", "seed"]  # what its gates follow from
 
 PRESETS = {
@@ -283,9 +284,9 @@ class RMSNorm(nn.RMSNorm):
 def rope_table(cfg: Config) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, each (max_seq_len, head_dim / 2), float32."""
     freq = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim)
-    if cfg.use_scaled_rope:  # Llama 3.1: wavelengths of over 8192 positions 8-fold, a blend to 2048
+    if cfg.use_scaled_rope:  # Llama 3: wavelengths of over 8192 positions rope_factor times, a blend to 2048
         smooth = ((8192 * freq / (2 * math.pi) - 1) / 3).clamp(0, 1)
-        freq = freq * (smooth + (1 - smooth) / 8)
+        freq = freq * (smooth + (1 - smooth) / cfg.rope_factor)
     angle = torch.outer(torch.arange(cfg.max_seq_len, dtype=torch.float32), freq)
     return angle.cos(), angle.sin()
 
