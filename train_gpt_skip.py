@@ -1660,9 +1660,11 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
 # ----------------------------------------------------------------------------------------------------------
 # Command line.
 
-def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Namespace, dict]:
-    """All arguments, with a flag for every field of Config beside the parser's own; and the fields given."""
-    for f in dataclasses.fields(Config):
+def parse_settings(parser: argparse.ArgumentParser, argv, names=None) -> tuple[argparse.Namespace, dict]:
+    """All arguments, with a flag for each field of Config (or for those named) beside the parser's own; and the
+    fields given."""
+    fields = [f for f in dataclasses.fields(Config) if names is None or f.name in names]
+    for f in fields:
         kind = f.type.split(" | ")[0]
         how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
             type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
@@ -1670,7 +1672,7 @@ def parse_settings(parser: argparse.ArgumentParser, argv) -> tuple[argparse.Name
                             help=f.metadata["help"] + f" (default: {f.default})" * (f.default is not None),
                             **how)
     args = parser.parse_args(argv)
-    return args, {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if f.name in args}
+    return args, {f.name: getattr(args, f.name) for f in fields if f.name in args}
 
 
 class Parser(argparse.ArgumentParser):
