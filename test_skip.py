@@ -763,11 +763,11 @@ def test_estimated_flops_count_each_block_once_and_scale_with_sparsity():
 # ----------------------------------------------------------------------------------------------------------
 # Data
 
-def write_shard(path, tokens, magic=20240520, version=1, count=None):
+def write_shard(path, tokens, magic=20240520, version=1, count=None, dtype="<u2"):
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype).tobytes())
     return path
 
 
@@ -847,6 +847,14 @@ def test_train_tokens_limits_the_training_set_and_val_tokens_the_validation_set(
                  val_tokens=40)
     assert [len(t) for t in tgs.Shards(cfg, "train").tokens] == [100, 30]
     assert [len(t) for t in tgs.Shards(cfg, "val").tokens] == [40]
+
+
+def test_tokens_of_16_and_of_32_bits_are_read_alike(tmp_path):
+    write_shard(tmp_path / "a_1.bin", [5, 65535])
+    write_shard(tmp_path / "a_2.bin", [5, 65536, 128255], magic=20240801, version=7, dtype="<u4")
+    shards = shards_of(tmp_path / "a_*.bin", vocab_size=128256)
+    assert shards.window(0, 0, 2).tolist() == [5, 65535]
+    assert shards.window(1, 0, 3).tolist() == [5, 65536, 128255]
 
 
 def test_validation_takes_every_full_sequence_of_every_shard(tmp_path):
@@ -1144,10 +1152,8 @@ def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_check
     (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
     assert evaluate.main(args) == 2 and "says 61 tokens" in capsys.readouterr().err
     argv = flags(tmp_path, tmp_path / "r", train_files=args[3], val_files=args[3])
-    for said, words in (({"shards": {"d_val_000000.bin": 7}}, "says 7 tokens"),
-                        ({"encoding": "cl100k"}, "cl100k")):
-        (tmp_path / "d" / "dataset.json").write_text(json.dumps(said))
-        refused_in_one_line(capsys, argv, words)
+    (tmp_path / "d" / "dataset.json").write_text('{"shards": {"d_val_000000.bin": 7}}')
+    refused_in_one_line(capsys, argv, "says 7 tokens")
     (tmp_path / "d" / "dataset.json").write_text('{"encoding": "gpt2"}')
     refused_in_one_line(capsys, [*argv, "--encoding", "bytes"], "its tokens are gpt2, not bytes")
     assert evaluate.main(args) == 2 and "its tokens are gpt2" in capsys.readouterr().err
@@ -1699,7 +1705,9 @@ def test_every_malformed_shard_is_one_line_that_names_it_before_a_record_is_made
     for content, word in [
             (b"", "too short"), (good[:1000], "too short"),
             (shard_header(20240521, 1, 200) + tokens, "begins with 20240521"),
-            (shard_header(20240520, 2, 200) + tokens, "version 2"),
+            (shard_header(20240520, 2, 200) + tokens, "version 2, not 1"),
+            (shard_header(20240801, 1, 200) + tokens, "version 1, not 7"),
+            (shard_header(20240801, 7, 200) + tokens, "holds 100"),
             (np.frombuffer(good, "<i4").byteswap().tobytes() + tokens, "big-endian"),
             *[(shard_header(20240520, 1, n) + tokens, f"says {n} tokens but holds 200")
               for n in (201, 199, -1, 0, 2**31 - 1)],

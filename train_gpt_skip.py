@@ -100,7 +100,8 @@ class Config:
     train_tokens: int | None = flag(None, "use only the first so many training tokens (default: all)")
     val_tokens: int | None = flag(None, "use only the first so many validation tokens (default: all)")
     shuffle: bool = flag(False, "take a shard's sequences in a random order, seeded, new each pass")
-    encoding: str | None = flag(None, "tokeniser (default: dataset.json's, or vocab_size's)", "gpt2", "bytes")
+    encoding: str | None = flag(None, "tokeniser: gpt2, bytes, or the path of a tokenizer.json (default: "
+                                "dataset.json's, or vocab_size's)")
     # batch
     batch_size: int = flag(512, "sequences a step, over all devices")
     device_batch_size: int = flag(32, "sequences a micro-batch, on one device")
@@ -160,7 +161,6 @@ class Config:
         yield d % H == 0, f"--dim {d} is not a multiple of --n_heads {H}; try --dim {-(-d // H) * H}"
         yield d // H % 2 == 0, f"--dim / --n_heads is {d // H}, but rotary pairs need an even head size"
         yield H % self.n_kv_heads == 0, f"--n_heads {H} is not a multiple of --n_kv_heads {self.n_kv_heads}"
-        yield self.vocab_size <= 2**16, f"--vocab_size {self.vocab_size}: tokens have 16 bits, at most 65536"
         yield self.seed < 2**63, f"--seed {self.seed} has more than 63 bits"
         yield re.fullmatch("[^/\0]{1,200}", self.name or "-"), (
             f"--name {self.name!r} cannot be part of a folder's name: at most 200 characters, no /")
@@ -841,14 +841,16 @@ def realised_flops(cfg: Config, stats, n: int, heads: int | None = None) -> floa
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Data. A shard: 256 little-endian int32 (magic, version, number of tokens, 0 ...), then that many uint16.
+# Data. A shard: 256 little-endian int32 (magic, version, number of tokens, 0 ...), then that many uint16, or
+# uint32 where the vocabulary needs them.
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+HEADER_BYTES = 1024
+FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, type of the tokens (llm.c's)
 SHARD_HINT = "make shards with data/tokenize_text.py or fetch them with data/fineweb.py"
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped (uint16). Raises UserError if it is not exactly a shard."""
+    """The tokens of a shard, memory-mapped. Raises UserError if it is not exactly a shard."""
     try:
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 256)
@@ -856,15 +858,18 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"shard {path} cannot be read: {e.strerror}; {SHARD_HINT}")
     if len(header) < 256:
         raise UserError(f"shard {path} is too short for a header ({size} bytes); {SHARD_HINT}")
-    if header[0] != MAGIC:
-        other = " (it is big-endian)" if header.byteswap()[0] == MAGIC else ""
-        raise UserError(f"shard {path} begins with {header[0]}, not {MAGIC}{other}; {SHARD_HINT}")
-    if header[1] != VERSION:
-        raise UserError(f"shard {path} has version {header[1]}, not {VERSION}; {SHARD_HINT}")
-    if header[2] < 1 or size != HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"shard {path} says {header[2]} tokens but holds {(size - HEADER_BYTES) / 2:g}; "
+    if header[0] not in FORMATS:
+        other = " (it is big-endian)" if header.byteswap()[0] in FORMATS else ""
+        raise UserError(f"shard {path} begins with {header[0]}, not {' or '.join(map(str, FORMATS))}{other}; "
+                        f"{SHARD_HINT}")
+    version, dtype = FORMATS[header[0]]
+    if header[1] != version:
+        raise UserError(f"shard {path} has version {header[1]}, not {version}; {SHARD_HINT}")
+    held = (size - HEADER_BYTES) / np.dtype(dtype).itemsize
+    if header[2] < 1 or header[2] != held:
+        raise UserError(f"shard {path} says {header[2]} tokens but holds {held:g}; "
                         "it is damaged or incomplete: make or fetch it again")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES)
+    return np.memmap(path, dtype, "r", HEADER_BYTES)
 
 
 class Shards:
@@ -1661,7 +1666,7 @@ def finish(trainer: Trainer, record: Record, step: int, history: list[dict]) -> 
 # Command line.
 
 def parse_settings(parser: argparse.ArgumentParser, argv, names=None) -> tuple[argparse.Namespace, dict]:
-    """All arguments, with a flag for each field of Config (or for those named) beside the parser's own; and the
+    """All arguments, with a flag for each field of Config (or those named) beside the parser's own; and the
     fields given."""
     fields = [f for f in dataclasses.fields(Config) if names is None or f.name in names]
     for f in fields:

@@ -5,9 +5,10 @@
     ./run.sh tokenize big.parquet --out data/big --max_tokens 10_000_000
 
 Writes shards in the format of llm.c and modded-nanogpt: 256 little-endian int32 (magic, version, number of
-tokens, zeros), then uint16 tokens, each document begun by <|endoftext|>; and `dataset.json`, which says what
-they hold. They depend on the documents and their order alone, not on --workers. A document is for validation
-if the hash of its text, as a fraction, is below --val_fraction, whatever the other documents are.
+tokens, zeros), then uint16 tokens (uint32 where the vocabulary is beyond 65,536), each document begun by
+<|endoftext|>; and `dataset.json`, which says what they hold. They depend on the documents and their order
+alone, not on --workers. A document is for validation if the hash of its text, as a fraction, is below
+--val_fraction, whatever the other documents are.
 """
 
 import argparse
@@ -34,7 +35,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_INTS = 256
+FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type of the tokens: magic, version
 FIRST_SHARD = {"train": 1, "val": 0}  # the numbers that FineWeb's shards have
 PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces: bounds memory and the regex's work
 CHUNK_BYTES, CHUNK_ITEMS = 1 << 20, 1024  # what a worker gets at a time
@@ -70,11 +72,19 @@ def encode_text(encoding, text):
     return encoding.encode_to_numpy(text.decode(), disallowed_special=())
 
 
+def token_type(encoding):
+    return "<u2" if encoding.n_vocab <= 2**16 else "<u4"
+
+
 @functools.cache
 def token_lengths(encoding):
-    """(vocab_size,) bytes of text behind each token; none behind the last, <|endoftext|>."""
-    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)]
-    return np.array([*lengths, 0], np.uint8)
+    """(n_vocab,) bytes of text behind each token; none behind <|endoftext|>, nor where there is no token."""
+    lengths = np.zeros(encoding.n_vocab, np.uint16)
+    for token in range(encoding.n_vocab):
+        with contextlib.suppress(KeyError):
+            lengths[token] = len(encoding.decode_single_token_bytes(token))
+    lengths[encoding.eot_token] = 0
+    return lengths
 
 
 # --- Documents ----------------------------------------------------------------------------------------
@@ -233,15 +243,15 @@ def chunks(items, bar):
 
 
 def encode_chunk(name, chunk):
-    """uint16 tokens, as bytes; and of each piece in the chunk its number of tokens and its draw."""
+    """Tokens, as bytes; and of each piece in the chunk its number of tokens and its draw."""
     encoding, tokens, counts, draws = get_encoding(name), [], [], []
-    end_of_text = np.array([encoding.eot_token], np.uint16)
+    end_of_text = np.array([encoding.eot_token], token_type(encoding))
     for item in chunk:
         for data, draw, begins in [item] if len(item) == 3 else pieces_of([parse(*item)]):
             tokens += [end_of_text[:begins], encode_text(encoding, data)]
             counts.append(begins + tokens[-1].size)
             draws.append(draw)
-    return np.concatenate(tokens, dtype="<u2", casting="unsafe").tobytes(), counts, draws
+    return np.concatenate(tokens, dtype=token_type(encoding), casting="unsafe").tobytes(), counts, draws
 
 
 def serve(name):
@@ -326,6 +336,7 @@ class ShardWriter:
     def __init__(self, folder, stem, number, shard_tokens, encoding):
         self.folder, self.stem, self.number, self.shard_tokens = folder, stem, number, shard_tokens
         self.eot, self.lengths = encoding.eot_token, token_lengths(encoding)
+        self.format = FORMATS[token_type(encoding)]
         self.shards, self.file = {}, None
 
     def write(self, tokens):
@@ -355,7 +366,7 @@ class ShardWriter:
         if self.file is None:
             return
         header = np.zeros(HEADER_INTS, "<i4")
-        header[:3] = MAGIC, VERSION, self.shard["tokens"]
+        header[:3] = *self.format, self.shard["tokens"]
         with self.file as file:
             file.seek(0)
             file.write(header.tobytes())
@@ -451,12 +462,13 @@ def write_shards(args, fraction, folder):
 
 
 def encoded(args):
-    """Yield tokens: (n,) uint16 and draws: (n,) float64, of the document of each token."""
+    """Yield tokens: (n,) and draws: (n,) float64, of the document of each token."""
+    dtype = token_type(get_encoding(args.encoding))
     items = (item for path in args.files for item in read_file(path, args.skipped))
     size = sum(path.stat().st_size for path in args.files)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
         for tokens, counts, draws in encode_in_order(args.encoding, chunks(items, bar), args.workers):
-            yield np.frombuffer(tokens, "<u2"), np.repeat(draws, counts)
+            yield np.frombuffer(tokens, dtype), np.repeat(draws, counts)
 
 
 def usable_fraction(fraction, lowest, highest):
@@ -537,7 +549,7 @@ def arguments():
     add("--val_fraction", type=between(float, 0, 1), default=0.05, metavar="F",
         help="share of the documents that go to validation, 0: none (default: %(default)s)")
     add("--shard_tokens", type=between(int, 1024, 2**31), default=100_000_000, metavar="N",
-        help="tokens a shard, of 2 bytes each (default: %(default)s)")
+        help="tokens a shard, of 2 bytes each, or 4 (default: %(default)s)")
     add("--name", type=file_prefix, default="text", metavar="PREFIX",
         help="what the shards' names begin with (default: %(default)s)")
     add("--workers", type=between(int, 1, 1025), default=os.cpu_count(), metavar="N",
