@@ -136,7 +136,7 @@ class Config:
     init_from: str | None = flag(None, "checkpoint (folder, file or hub repo) to take sizes and weights from")
     # what follows from them
     head_dim = property(lambda self: self.dim // self.n_heads)
-    hidden_dim = property(lambda self: int(self.ffn_dim_multiplier * self.dim))
+    hidden_dim = property(lambda self: round(self.ffn_dim_multiplier * self.dim))
     n_levels = property(lambda self: (self.n_layers + 1) // 2)
     n_routers = property(lambda self: 0 if self.control in ("dense", "random") else self.n_levels)
     gated = property(lambda self: self.control != "dense")
