@@ -1338,7 +1338,7 @@ def load_weights(model: MiddleSkippingTransformer, state: dict, source: str, ret
         lacks, hint = wrong[0] in own, ""
         if lacks and wrong[0].startswith("masks."):
             hint = "; try --control dense"
-        elif "norm" in wrong[0]:
+        elif re.search("post_|input_norm", wrong[0]):
             hint = "; is --norm the one it was trained with?"
         raise UserError(f"checkpoint {source} does not fit: it {'lacks' if lacks else 'also has'} {wrong[0]} "
                         f"({len(wrong)} such names){hint}")
@@ -1778,7 +1778,7 @@ def main(argv: list[str] | None = None) -> int:
     def start():
         parser = Parser("train_gpt_skip.py", usage="%(prog)s [--FLAG VALUE]...", allow_abbrev=False,
                         description="Train a model and write a record.",
-                        epilog="A finished run is looked at with ./run.sh eval, sample and export (--help).")
+                        epilog="A finished run is looked at with ./run.sh eval, sample and convert (--help).")
         parser.add_argument("--dry_run", action="store_true", help="check all, print the plan, write nothing")
         args, explicit = parse_settings(parser, argv)
         return train(*resolve(explicit), args.dry_run)
