@@ -2,7 +2,7 @@
 # Train, evaluate or test, setting up what is missing:
 #   ./run.sh [flags]              train; without shards or GPU, the demo (./run.sh --help: all flags)
 #   ./run.sh fineweb|tokenize [flags]  get shards, or make them of texts (data/)
-#   ./run.sh eval|sample|export|report|bench|plan|tracks|gain [flags]  a tool of records/
+#   ./run.sh eval|sample|convert|report|bench|plan|tracks|gain [flags]  a tool of records/
 #   ./run.sh test [pytest flags]  run the tests
 # NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS go to torchrun.
 set -euo pipefail
@@ -45,7 +45,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2147483647}
 case "${1:-train}" in
     test) shift; exec "$python" -m pytest -q test_skip.py "$@" ;;
     eval) shift; exec "$python" records/evaluate.py "$@" ;;
-    sample|export|report|bench|plan|tracks|gain)
+    sample|convert|report|bench|plan|tracks|gain)
         tool=$1; shift
         case "$tool ${1:-}" in "tracks run"|"tracks time"|gain*) demo_data ;; esac
         exec "$python" "records/$tool.py" "$@" ;;
