@@ -1215,6 +1215,26 @@ def test_the_rotary_settings_of_older_versions_are_read_too():
         assert read == convert.llama_settings(config) | dict(n_kv_heads=None)
 
 
+def test_a_llamas_tokeniser_comes_with_it_and_continues_prompts_and_scores_texts(tmp_path, capsys):
+    config = LLAMAS["tied, three heads a key head"][0] | dict(vocab_size=265)
+    (tmp_path / "hf").mkdir()
+    tokenizer_json(tmp_path / "hf" / "tokenizer.json", "pieces")
+    argv = ["--checkpoint", write_llama(tmp_path / "hf", config), "--out", str(tmp_path / "m")]
+    assert convert.main(argv) == 0
+    assert tgs.read_json(tmp_path / "m" / "config.json")["encoding"] == str(tmp_path / "m" / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("ab ab é")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    capsys.readouterr()
+    assert evaluate.main(["--checkpoint", str(tmp_path / "m"), "--text", str(tmp_path / "a.txt")]) == 0
+    assert "5 tokens" in capsys.readouterr().out
+    argv = ["--checkpoint", str(tmp_path / "m"), "--prompt", "ab é", "--max_new_tokens", "5"]
+    assert sample.main(argv) == 0 and capsys.readouterr().out.startswith("ab é")
+    assert sample.main([*argv, "--encoding", "bytes"]) == 0
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    tokenize_text.get_encoding.cache_clear()
+    assert sample.main(argv) == 2 and "tokenizer.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change, word", [
     (dict(model_type="qwen3"), "model_type qwen3"), (dict(attention_bias=True), "attention_bias"),
     (dict(mlp_bias=True), "mlp_bias"), (dict(hidden_act="gelu"), "hidden_act"),
@@ -2287,6 +2307,62 @@ def test_cutting_a_document_between_words_changes_no_token(words, end):
     assert all(len(piece) <= 40 for piece in pieces)
 
 
+def tokenizer_json(path, kind, extra=0):
+    """A small tokeniser: byte-level, as GPT-2, Llama 3 and SmolLM have it; or of pieces with a fall-back to
+    bytes, as Llama 2 and TinyLlama. `extra`: further tokens that no text has."""
+    tokenizers = pytest.importorskip("tokenizers")
+    if kind == "byte-level":
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        names = ["<|endoftext|>", *alphabet, "Ġa", "ab", "é", *(f"none{i}" for i in range(extra))]
+        names = list(dict.fromkeys(names))
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={name: i for i, name in enumerate(names)},
+                                                          merges=[("Ġ", "a"), ("a", "b")]))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        made.add_special_tokens(["<|endoftext|>"])
+    else:
+        names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abé", "ab", "▁a"]
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(
+            vocab={name: i for i, name in enumerate(names)}, merges=[("a", "b"), ("▁", "a")],
+            unk_token="<unk>", byte_fallback=True))
+        made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+        made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind, begin", [("byte-level", "<|endoftext|>"), ("pieces", "<s>")])
+def test_the_tokens_of_a_tokenizer_json_are_the_bytes_of_the_text(tmp_path, kind, begin):
+    encoding = tokenize_text.get_encoding(tokenizer_json(tmp_path / "tokenizer.json", kind))
+    assert encoding.decode_single_token_bytes(encoding.eot_token) == begin.encode()
+    for text in ["", "ab ab\n", " aé中😀\x00", f"{begin}a<unk>", *some_texts(20)]:
+        tokens = encoding.encode_ordinary(text)
+        assert b"".join(map(encoding.decode_single_token_bytes, tokens)) == text.encode()
+        assert not {encoding.eot_token, encoding.n_vocab} & set(tokens)
+    assert len(encoding.encode_ordinary("ab ab")) < 5
+    with pytest.raises(KeyError):
+        encoding.decode_single_token_bytes(encoding.n_vocab)
+    lengths = tokenize_text.token_lengths(encoding)
+    assert lengths[encoding.eot_token] == 0 and len(lengths) == encoding.n_vocab
+
+
+@pytest.mark.parametrize("extra, dtype, head", [(0, "<u2", [20240520, 1]), (70_000, "<u4", [20240801, 7])])
+def test_shards_of_a_tokenizer_json_have_the_bits_that_its_vocabulary_needs(tmp_path, extra, dtype, head):
+    name = tokenizer_json(tmp_path / "tokenizer.json", "byte-level", extra)
+    texts = some_texts(40)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    tokenize(source, "--out", tmp_path / "out", "--val_fraction", 0, encoding=name, workers=2)
+    dataset, encoding = read_dataset(tmp_path / "out"), tokenize_text.get_encoding(name)
+    assert dataset["encoding"] == name and dataset["vocab_size"] == encoding.n_vocab > extra
+    path = tmp_path / "out" / "text_train_000001.bin"
+    assert np.fromfile(path, "<i4", 2).tolist() == head
+    found = np.fromfile(path, dtype, offset=1024).tolist()
+    assert found == tgs.open_shard(path).tolist()
+    assert found == [t for text in texts for t in [encoding.eot_token, *encoding.encode_ordinary(text)]]
+    assert dataset["train"]["bytes"] == sum(len(text.encode()) for text in texts)
+
+
 def test_gpt2_shards_decode_to_the_documents(tmp_path):
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"))
     base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -2487,6 +2563,7 @@ LINES = {
     "no_text.jsonl": b'{"body": "a"}\n',
     "number.jsonl": b'{"text": 1}\n',
     "list.jsonl": b'["text"]\n',
+    "list.json": b'["text"]\n',
     "bad.parquet": b"PAR0",
     "only.bin": b"\0",
     "good.txt": b"good",
@@ -2513,7 +2590,9 @@ BAD_COMMANDS = {
     "good.txt --max_tokens 0": "--max_tokens",
     "good.txt --workers 0": "--workers",
     "good.txt --name a/b": "--name",
-    "good.txt --encoding gpt3": "--encoding",
+    "good.txt --encoding gpt3": "--encoding gpt3 is not gpt2, bytes or the path",
+    "good.txt --encoding nowhere.json": "--encoding nowhere.json",
+    "good.txt --encoding list.json": "--encoding list.json",
     "good.txt --typo": "--typo",
     "good.txt --out good.txt": "good.txt: ",
     "good.txt --out good.txt/below": "good.txt/below",
@@ -2537,12 +2616,9 @@ def test_what_the_user_can_put_right_is_one_line_and_leaves_nothing(bad_inputs, 
         parquet.write_table(pyarrow.table({"body": ["a"]}), "other.parquet")
         parquet.write_table(pyarrow.table({"text": ["a", None]}), "null.parquet")
     before = sorted(bad_inputs.rglob("*"))
-    if "--encoding" in command:  # the last of two options wins
-        with pytest.raises(SystemExit, match="2"):
-            tokenize_text.main(["--out", "new/out", *command.split()])
-        assert "--encoding" in capsys.readouterr().err
-    else:
-        assert BAD_COMMANDS[command] in refused(capsys, "--out", "new/out", *command.split())
+    encoding = command.partition(" --encoding ")[2] or "bytes"  # the last of two options wins
+    argv = ["--out", "new/out", *command.split()]
+    assert BAD_COMMANDS[command] in refused(capsys, *argv, encoding=encoding)
     assert sorted(bad_inputs.rglob("*")) == before
 
 

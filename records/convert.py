@@ -203,7 +203,7 @@ OPTIONS = tool.SOURCE | {
     "to": dict(default="ours", choices=LAYOUTS, help="layout (default: ours)"),
     "drop_blocks": dict(nargs="+", type=int, default=[], help="leave out these blocks of a dense model"),
 }
-FIELDS = [*tool.MODEL, "max_seq_len"]
+FIELDS = ["norm", "gate_attention", "compute", "encoding", "max_seq_len"]
 
 
 def run(args, explicit):
