@@ -1670,12 +1670,12 @@ def parse_settings(parser: argparse.ArgumentParser, argv, names=None) -> tuple[a
     fields given."""
     fields = [f for f in dataclasses.fields(Config) if names is None or f.name in names]
     for f in fields:
+        default = "" if names or f.default is None else f" (default: {f.default})"  # (a tool has others)
         kind = f.type.split(" | ")[0]
         how = dict(action=argparse.BooleanOptionalAction) if kind == "bool" else dict(
             type={"int": int, "float": float, "str": str}[kind], choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS,
-                            help=f.metadata["help"] + f" (default: {f.default})" * (f.default is not None),
-                            **how)
+                            help=f.metadata["help"] + default, **how)
     args = parser.parse_args(argv)
     return args, {f.name: getattr(args, f.name) for f in fields if f.name in args}
 
