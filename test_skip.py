@@ -391,21 +391,22 @@ def test_whatever_carries_ln_g_gives_eq_3_and_its_gradients(carry, dtype):
     away."""
     H, n, D = 2, 12, 8
     generator = torch.Generator().manual_seed(0)
-    q, k, v, dy = (torch.randn(H, n, D, generator=generator, dtype=torch.float64) for _ in range(4))
+    q, k, v, dy = (torch.randn(n, H, D, generator=generator, dtype=torch.float64) for _ in range(4))
     g = torch.rand(n, generator=generator, dtype=torch.float64).clamp(min=1e-6)
     g[::3] *= 1e-5
-    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    i, j = torch.arange(n)[:, None], torch.arange(n)
 
     def attend(q, k, v, score_mod=lambda score, *_: score):
-        logits = score_mod(q @ k.mT / math.sqrt(D), 0, 0, torch.arange(n)[:, None], torch.arange(n))
-        return logits.masked_fill(~causal, -math.inf).softmax(-1).to(v.dtype) @ v
+        logits = score_mod(torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(D), 0, 0, i, j)
+        weight = logits.masked_fill(j > i, -math.inf).softmax(-1)
+        return torch.einsum("hij,jhd->ihd", weight.to(v.dtype), v)
 
     leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)] + [g.log().requires_grad_()]
     got = getattr(bench, carry)(attend, *leaves)
     want_leaves = [t.requires_grad_() for t in (q, k, v)] + [g.log().requires_grad_()]
     q, k, v, ln_g = want_leaves
-    weight = (q @ k.mT / math.sqrt(D)).exp() * ln_g.exp() * causal  # Eq. 3
-    want = weight / weight.sum(-1, keepdim=True) @ v
+    weight = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(D)).exp() * ln_g.exp() * (j <= i)  # Eq. 3
+    want = torch.einsum("hij,jhd->ihd", weight / weight.sum(-1, keepdim=True), v)
     tolerance = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(got.double(), want, **tolerance)
     for a, b in zip(torch.autograd.grad(got, leaves, dy.to(got.dtype)),
@@ -644,7 +645,8 @@ def test_pieces_join_the_bytes_of_a_character_and_lose_nothing():
 
 def test_the_page_of_a_sample_says_token_depth_and_probability_and_needs_no_other_file():
     text = [("<a>", sample.Token(1, 0, None)), ("b", sample.Token(2, 4, 0.25))]
-    page = sample.html_page([(text, 1)], 4, "title & more")
+    page = sample.html_page([text], 4, "title & more")
+    assert page.partition("<pre>")[2].count("class=prompt") == 1
     assert "&lt;a&gt;" in page and "4 of 4 blocks, p = 0.250" in page and "title &amp; more" in page
     assert "http" not in page and "prefers-color-scheme" in page
 
@@ -1244,6 +1246,7 @@ def test_a_llamas_tokeniser_comes_with_it_and_continues_prompts_and_scores_texts
     (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}), "low_freq_factor"),
     (dict(rope_parameters={"rope_type": "llama3", "original_max_position_embeddings": 4096}), "4096"),
     (dict(hidden_size=None), "config.json"), (dict(num_attention_heads=0), "config.json"),
+    (dict(num_hidden_layers=None), "config.json"), (dict(rope_parameters=[1]), "config.json"),
     (dict(num_hidden_layers=3), "lacks layers.2"), (dict(num_hidden_layers=1), "also has model.layers.1"),
     (dict(intermediate_size=57), "57"), (dict(num_key_value_heads=3), "[24, 48]")], ids=str)
 def test_what_the_script_has_not_is_refused_by_name_before_anything_is_written(tmp_path, capsys, change,
@@ -1290,7 +1293,7 @@ def test_blocks_are_dropped_from_a_dense_model_alone_and_the_others_are_kept_in_
 @pytest.mark.parametrize("kw, to, words", [
     (dict(), "llama", "--control proportional"), (dict(control="dense"), "llama", "--norm sandwich"),
     (dict(control="dense", n_layers=3), "released", "even number of blocks"),
-    (dict(norm="llama"), "hub", "sandwich")], ids=str)
+    (dict(norm="llama"), "hub", "sandwich"), (dict(control="random"), "released", "coin")], ids=str)
 def test_a_model_that_a_layout_cannot_hold_is_refused_in_one_line(tmp_path, capsys, kw, to, words):
     exported(random_model(15, **kw)[0], tmp_path / "m")
     argv = ["--checkpoint", str(tmp_path / "m"), "--to", to, "--out"]
@@ -1298,7 +1301,7 @@ def test_a_model_that_a_layout_cannot_hold_is_refused_in_one_line(tmp_path, caps
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error and not (tmp_path / "out").exists()
     assert convert.main([*argv[:2], "--out", str(tmp_path / "m")]) == 2
-    assert "name a new folder" in capsys.readouterr().err
+    assert "File exists; name another" in capsys.readouterr().err
 
 
 def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_checked(tmp_path, capsys):
@@ -3079,7 +3082,9 @@ def test_the_benchmarks_eager_variant_and_flops_are_the_models():
     torch.testing.assert_close(bench.eager_loss(model, tokens), model(tokens, tokens)[0])
     measured = bench.Bench(Config(**TINY | dict(max_seq_len=64)), tgs.Runtime(cfg))
     measured.use("gated", 0.5)
-    n, stats = measured.x.numel(), measured.model(measured.x, measured.x)[1]
+    n = measured.x.numel()
+    with torch.no_grad():
+        stats = measured.model(measured.x, measured.x)[1]
     row = measured.row("train", "gated", 0.5, 2, 1.0, n, 63 / 2, 0)
     want = 3 * tgs.realised_flops(measured.cfg, stats, n) / n
     assert row["flops_per_token"] == pytest.approx(want, rel=0.02)

@@ -26,7 +26,7 @@ import plan
 import sample
 import tool
 from show import dense, peak_memory  # (to be tgs.dense and tgs.peak_memory)
-from tool import UserError, tgs
+from tool import UserError, between, tgs
 
 CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4)
 MODES = ("train", "prefill", "decode")
@@ -219,8 +219,8 @@ def host_waits(bench):
     return sum(e.count for e in waits), 1e-6 * sum(e.self_cpu_time_total for e in waits)
 
 
-# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, score_mod), heads first, is FlexAttention. The
-# results are the same; what they cost, and what bfloat16 leaves of ln g, is not.
+# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, score_mod) is FlexAttention of (n, heads,
+# head_dim). The results are the same; what they cost, and what bfloat16 leaves of ln g, is not.
 
 def carry_bias(attend, q, k, v, ln_g):
     """A captured tensor; its gradient is summed by atomic adds."""
@@ -229,14 +229,13 @@ def carry_bias(attend, q, k, v, ln_g):
 
 def carry_key_columns(attend, q, k, v, ln_g):
     """Further columns of q and k: the script's own."""
-    q, k = tgs.carried(q.transpose(0, 1), k.transpose(0, 1), ln_g)
-    return attend(q.transpose(0, 1), k.transpose(0, 1), v)
+    return attend(*tgs.carried(q, k, ln_g), v)
 
 
 def carry_value_column(attend, q, k, v, ln_g):
     """Values [g v, g] under ungated weights, and the quotient."""
-    g = ln_g.exp().to(v.dtype)[:, None]
-    y = attend(q, k, torch.cat((g * v, g.expand(len(v), -1, 16)), -1))
+    g = ln_g.exp().to(v.dtype)[:, None, None]
+    y = attend(q, k, torch.cat((g * v, g.expand(-1, v.shape[1], 16)), -1))
     return y[..., :-16] / y[..., -16:-15]
 
 
@@ -250,10 +249,12 @@ def carriers(bench):
     flex = torch.compile(tgs.flex_attention, dynamic=True)
 
     def attend(q, k, v, score_mod=None):
-        return flex(q[None], k[None], v[None], score_mod, mask, cfg.head_dim**-0.5,
-                    kernel_options=tgs.flex_options(q.shape[-1]))[0]
+        heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
+        options = tgs.flex_options(q.shape[-1])
+        y = flex(*heads_first, score_mod, mask, cfg.head_dim**-0.5, kernel_options=options)
+        return y[0].transpose(0, 1)
 
-    q, k, v = torch.randn(3, cfg.n_heads, n, cfg.head_dim, device=device, dtype=bench.rt.dtype,
+    q, k, v = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=device, dtype=bench.rt.dtype,
                           requires_grad=True)
     ln_g = torch.rand(n, device=device).clamp(min=tgs.EPSILON).log().requires_grad_()
     seconds = {}
@@ -290,7 +291,7 @@ def beside_estimates(cfg, rows, gpu):
 
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
-    "rounds": dict(type=int, default=5, help="of measurements (default: 5)"),
+    "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
     "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what "
                        "carries ln g, and the tests that need a GPU"),
 }
@@ -301,8 +302,6 @@ def run(args, explicit):
     cuda = torch.cuda.is_available() and explicit.get("device") != "cpu"
     cfg = tgs.Config(**({} if cuda else CPU_SIZE) | {"compile": True} | explicit)
     cfg.batch_size = cfg.device_batch_size
-    if args.rounds < 1:
-        raise UserError("--rounds must be at least 1")
     if args.gpu_report and not cuda:
         raise UserError("--gpu_report needs a GPU: leave it out")
     bench, rows = Bench(cfg, tgs.Runtime(cfg)), []

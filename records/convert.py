@@ -27,16 +27,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tool  # noqa: E402
 from tool import Config, UserError, tgs  # noqa: E402
 
-# Llama's names of the script's sizes, and of what a block holds
-SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-         "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "norm_eps": "rms_norm_eps",
-         "rope_theta": "rope_theta", "max_seq_len": "max_position_embeddings",
-         "initializer_range": "initializer_range"}
-BLOCK = {"pre_attention_norm": "input_layernorm", "pre_feed_forward_norm": "post_attention_layernorm",
-         "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-         "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-         "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-         "feed_forward.w3": "mlp.up_proj"}
+def table(text):
+    return dict(line.split() for line in text.strip().splitlines())
+
+
+# The script's names and Llama's: of sizes, and of tensors
+SIZES = table("""
+dim                hidden_size
+n_layers           num_hidden_layers
+n_heads            num_attention_heads
+n_kv_heads         num_key_value_heads
+vocab_size         vocab_size
+norm_eps           rms_norm_eps
+rope_theta         rope_theta
+max_seq_len        max_position_embeddings
+initializer_range  initializer_range
+""")
+TENSORS = table("""
+tok_embeddings.weight                   model.embed_tokens.weight
+layers.{}.pre_attention_norm.weight     model.layers.{}.input_layernorm.weight
+layers.{}.attention.wq.weight           model.layers.{}.self_attn.q_proj.weight
+layers.{}.attention.wk.weight           model.layers.{}.self_attn.k_proj.weight
+layers.{}.attention.wv.weight           model.layers.{}.self_attn.v_proj.weight
+layers.{}.attention.wo.weight           model.layers.{}.self_attn.o_proj.weight
+layers.{}.pre_feed_forward_norm.weight  model.layers.{}.post_attention_layernorm.weight
+layers.{}.feed_forward.w1.weight        model.layers.{}.mlp.gate_proj.weight
+layers.{}.feed_forward.w2.weight        model.layers.{}.mlp.down_proj.weight
+layers.{}.feed_forward.w3.weight        model.layers.{}.mlp.up_proj.weight
+output_norm.weight                      model.norm.weight
+output.weight                           lm_head.weight
+""")
+# What a config.json may say that is not a size; and of rotary scaling
 PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
          "sliding_window": None}
 SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -51,22 +72,18 @@ class HubModel(tgs.MiddleSkippingTransformer, PyTorchModelHubMixin):
         write(Path(save_directory), "ours", *ours(self))
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, revision=None, **settings):
-        fields = {k: v for k, v in settings.items() if k in Config.__dataclass_fields__}
-        return load(str(model_id), fields, revision)
+    def _from_pretrained(cls, *, model_id, revision=None, **given):
+        explicit = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
+        settings, state = read(str(model_id), revision)
+        # which no weight fixes:
+        settings["max_seq_len"] = explicit.get("max_seq_len", settings.get("max_seq_len"))
+        fixed = tgs.checkpoint_settings(settings, explicit, model_id, tgs.GATE_FIELDS)
+        model = cls(Config(**fixed | explicit))
+        tgs.load_weights(model, state, model_id)
+        return model
 
 
 # ---- in ---------------------------------------------------------------------------------------------------
-
-def load(source, explicit, revision=None):
-    """The HubModel of a checkpoint in any layout; explicit: fields of Config."""
-    settings, state = read(source, revision)
-    settings["max_seq_len"] = explicit.get("max_seq_len", settings.get("max_seq_len"))  # fixed by no weight
-    fixed = tgs.checkpoint_settings(settings, explicit, source, tgs.GATE_FIELDS)
-    model = HubModel(Config(**fixed | explicit))
-    tgs.load_weights(model, state, source)
-    return model
-
 
 def read(source, revision):
     """Settings and tensors, by the script's names."""
@@ -78,38 +95,38 @@ def read(source, revision):
         return read_llama(path, tgs.read_json(config))
     settings, state = tgs.read_weights(str(path))
     state = {name.removeprefix("model."): w for name, w in state.items()}
-    routers = [w for name, w in state.items() if name.startswith("masks.")]
-    if "control" not in settings and not any(w.any() for w in routers):  # as the authors store dense models
-        settings = settings | {"control": "dense"}
+    zero = [torch.is_tensor(w) and not w.any() for name, w in state.items() if name.startswith("masks.")]
+    if "control" not in settings and all(zero):  # as the authors store dense models
+        settings["control"] = "dense"
         state = {name: w for name, w in state.items() if not name.startswith("masks.")}
     return settings, state
 
 
 def fetch(repo, revision):
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[
+            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]))
     except Exception as e:  # offline, no such repo, no right to it
         raise UserError(f"checkpoint {repo}: no such folder, and it cannot be fetched from the hub ({e})")
 
 
 def read_llama(folder, config):
-    index = folder / "model.safetensors.index.json"
+    index, tokenizer = folder / "model.safetensors.index.json", folder / "tokenizer.json"
     try:
         settings = llama_settings(config)
+        names = {theirs: ours for ours, theirs in llama_names(settings["n_layers"]).items()}
         files = tgs.read_json(index)["weight_map"].values() if index.exists() else ["model.safetensors"]
-    except (LookupError, TypeError, ZeroDivisionError) as e:
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise UserError(f"{folder} is no Llama's: its config.json or index lacks what they have ({e!r})")
     tensors = {}
     for file in sorted(set(files)):
         tensors |= tgs.read_checkpoint(folder / file)
     if config.get("tie_word_embeddings"):
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight")
-    names = {theirs: ours for ours, theirs in llama_names(settings["n_layers"]).items()}
     state = {names.get(k, k): w for k, w in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     reorder(state, settings, (2, -1))
-    if (folder / "tokenizer.json").exists():
-        settings["encoding"] = str(folder / "tokenizer.json")
+    if tokenizer.exists():
+        settings["encoding"] = str(tokenizer)
     return settings, state
 
 
@@ -131,10 +148,7 @@ def llama_settings(config):
 
 def llama_names(n_layers):
     """Llama's name of every tensor, by the script's."""
-    names = {"tok_embeddings": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    for l in range(n_layers):
-        names |= {f"layers.{l}.{ours}": f"model.layers.{l}.{theirs}" for ours, theirs in BLOCK.items()}
-    return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
+    return {ours.format(l): theirs.format(l) for l in range(n_layers) for ours, theirs in TENSORS.items()}
 
 
 def reorder(state, settings, split):
@@ -156,14 +170,14 @@ def ours(model):
 
 def released(model):
     cfg, state = model.cfg, model.state_dict()
-    if cfg.n_layers % 2 or cfg.norm != "sandwich":
-        raise UserError("the authors' layouts have an even number of blocks and --norm sandwich, not "
-                        f"{cfg.n_layers} and {cfg.norm}")
+    if cfg.n_layers % 2 or cfg.norm != "sandwich" or cfg.control == "random":
+        raise UserError("the authors' layouts have an even number of blocks, --norm sandwich and no coin for "
+                        f"a router, not {cfg.n_layers}, {cfg.norm} and --control {cfg.control}")
     if not cfg.n_routers:  # a dense model has routers that are all zero
         for l in range(cfg.n_levels):
             state[f"masks.{l}.linear.weight"] = torch.zeros(1, cfg.dim)
             state[f"masks.{l}.linear.bias"] = torch.zeros(1)
-    settings = {k: getattr(cfg, k) for k in [*tgs.SIZES, "initializer_range"]}
+    settings = {k: getattr(cfg, k) for k in tgs.SIZES}
     return settings | {"multiple_of": 256, "zero_init_masks": not cfg.n_routers}, state
 
 
@@ -186,13 +200,14 @@ LAYOUTS = {"ours": ours, "released": released, "hub": released, "llama": llama}
 def write(folder, to, settings, state):
     """Weights first: a folder without config.json is no checkpoint."""
     if to == "released":
-        content = {"step": 0, "model": state}
-        tgs.write_atomically(folder / "state_step0.pt", lambda f: torch.save(content, f))
+        step = {"step": 0, "model": state}
+        tgs.write_atomically(folder / "state_step0.pt", lambda f: torch.save(step, f))
         settings = {"model": settings}
     else:
-        state = {f"model.{name}": w for name, w in state.items()} if to == "hub" else state
-        content = save(state, metadata={"format": "pt"})
-        tgs.write_atomically(folder / "model.safetensors", lambda f: f.write(content))
+        if to == "hub":
+            state = {f"model.{name}": w for name, w in state.items()}
+        data = save(state, metadata={"format": "pt"})
+        tgs.write_atomically(folder / "model.safetensors", lambda f: f.write(data))
     tool.write_json(folder / "config.json", settings)
 
 
@@ -207,19 +222,17 @@ FIELDS = ["norm", "gate_attention", "compute", "encoding", "max_seq_len"]
 
 
 def run(args, explicit):
-    model = load(args.checkpoint, explicit)
-    cfg, blocks = model.cfg, args.drop_blocks
-    if blocks:
-        model.layers = torch.nn.ModuleList(b for l, b in enumerate(model.layers) if l not in blocks)
-        if cfg.gated or not 0 < len(model.layers) == cfg.n_layers - len(blocks):
+    model = HubModel._from_pretrained(model_id=args.checkpoint, **explicit)
+    cfg = model.cfg
+    if args.drop_blocks:
+        kept = [block for l, block in enumerate(model.layers) if l not in args.drop_blocks]
+        if cfg.gated or not 0 < len(kept) == cfg.n_layers - len(args.drop_blocks):
             raise UserError(f"--drop_blocks takes some of the blocks 0 to {cfg.n_layers - 1}, each once, of "
                             f"a model with --control dense; this one's is {cfg.control}")
-        cfg.n_layers = len(model.layers)
+        model.layers = torch.nn.ModuleList(kept)
+        cfg.n_layers = len(kept)
     settings, state = LAYOUTS[args.to](model)
-    try:
-        args.out.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"--out {args.out} cannot be made: {e.strerror}; name a new folder")
+    args.out.mkdir(parents=True)
     if Path(cfg.tokeniser).is_file():
         settings["encoding"] = str(shutil.copy(cfg.tokeniser, args.out / "tokenizer.json"))
     write(args.out, args.to, settings, state)

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 
 import tool
 from show import bars, estimated_flops
-from tool import Config, UserError, encode, get_encoding, tgs
+from tool import UserError, encode, get_encoding, tgs
 
 OPTIONS = tool.SOURCE | {
     "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
     "text": dict(nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
     "hellaswag": dict(help="score a file like hellaswag_val.jsonl instead"),
 }
-FIELDS = [*tool.MODEL, *tool.WHERE, "val_files", "val_tokens", "device_batch_size"]
+FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def evaluate_text(model, rt, path):
     if not rows:
         raise UserError(f"--text {path} is empty")
     losses, stats = token_losses(model, rt, rows)
-    nats, n = sum(x.sum().item() for x in losses), len(tokens) - 1
+    nats, n = torch.cat(losses).sum().item(), len(tokens) - 1
     sparsity = mean(tgs.gate_report(cfg, stats, n)["gate_zero"])
     bits = nats / math.log(2) / len(text.encode())
     return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {bits:.4f} bits a byte, "
@@ -66,10 +66,7 @@ def evaluate_text(model, rt, path):
 
 
 def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}")
+    return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def evaluate_hellaswag(model, rt, path):
@@ -101,12 +98,13 @@ class DepthTable:
 
     WORD, SEEN = 8, 12  # later positions in a word count as the last; in what is seen, powers of two
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         encoding = get_encoding(cfg)
         self.end = encoding.eot_token
         text = [token_text(encoding, i) for i in range(cfg.vocab_size)]
-        self.ends_word = torch.tensor([t[-1:].isspace() or i == self.end for i, t in enumerate(text)])
-        self.begins_word = torch.tensor([t[:1].isspace() or i == self.end for i, t in enumerate(text)])
+        spaced = [" " if i == self.end else t for i, t in enumerate(text)]
+        self.begins_word = torch.tensor([t[:1].isspace() for t in spaced])
+        self.ends_word = torch.tensor([t[-1:].isspace() for t in spaced])
         self.names = {
             "token": [repr(t) for t in text],
             "position in the word": [*map(str, range(self.WORD - 1)), "later"],
@@ -190,10 +188,10 @@ def evaluate_shards(model, rt, depth_file):
     tables = depths.tables() if depths else {}
     for title, rows in tables.items():
         print(f"mean depth of {cfg.n_layers} blocks, by {title}")
-        for name, depth, n in rows if len(rows) < 20 else rows[:10] + rows[-10:]:
+        for name, depth, n in rows[:10] + rows[10:][-10:]:
             print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")
     if depth_file:
-        tool.new_file(depth_file, "--depth", json.dumps(tables, indent=1))
+        tool.new_file(depth_file, json.dumps(tables, indent=1))
 
 
 main = tool.command(run, __doc__, OPTIONS, FIELDS)

@@ -18,7 +18,7 @@ import torch
 
 import tool
 from show import dense  # (to be tgs.dense)
-from tool import UserError, tgs
+from tool import between, tgs
 
 DEVICES = {  # data sheets: dense bfloat16 FLOP/s, bytes/s, NVLink bytes/s in one direction, bytes of memory
     "A100": (312e12, 2.04e12, 300e9, 80e9), "H100": (989e12, 3.35e12, 450e9, 80e9),
@@ -124,17 +124,15 @@ def lines(cfg, sparsities, device, tokens):
 
 OPTIONS = {
     "device_name": dict(choices=DEVICES, default="H100", help="(default: H100)"),
-    "sparsity": dict(type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75],
+    "sparsity": dict(type=between(float, 0, 1), nargs="+", default=[0.0, 0.25, 0.5, 0.75],
                      help="shares of tokens skipped (default: 0 0.25 0.5 0.75)"),
-    "tokens": dict(type=float, default=1e10, help="of a run (default: 1e10, FineWeb-10B)"),
+    "tokens": dict(type=between(float, 1, 1e18), default=1e10, help="of a run (default: 1e10, FineWeb-10B)"),
 }
 FIELDS = [*tgs.SIZES, "norm", "gate_attention", "control", "batch_size", "device_batch_size", "preset",
           "config"]
 
 
 def run(args, explicit):
-    if not (all(0 <= s < 1 for s in args.sparsity) and args.tokens > 0):
-        raise UserError("--sparsity takes shares from 0 to below 1, --tokens a number above 0")
     cfg, _ = tgs.resolve(explicit)
     print(*lines(cfg, args.sparsity if cfg.gated else [], args.device_name, args.tokens), sep="\n")
 

@@ -31,7 +31,6 @@ OPTIONS = tool.SOURCE | {
     "show_depth": dict(action="store_true", help="shade each token by the number of blocks it ran"),
     "html": dict(help="write the shaded text as a page to this file"),
 }
-FIELDS = [*tool.MODEL, *tool.WHERE]
 
 
 class LayerCache:
@@ -196,7 +195,7 @@ pre span {{ padding: .15em 0; }}
 pre span:hover {{ outline: 2px solid var(--text); }}
 pre span:hover::after {{ content: attr(data-is); position: fixed; left: 0; right: 0; bottom: 0;
   color: var(--back); background: var(--text); padding: .3rem 1.2rem; white-space: pre; }}
-.prompt {{ border-bottom: 2px solid var(--soft); }}
+pre .prompt {{ border-bottom: 2px solid var(--soft); }}
 .legend {{ display: flex; gap: 1px; margin: 0 0 .4rem; font: .8rem/1.8 system-ui, sans-serif; }}
 .legend span {{ padding: 0 .7em; }}
 </style>
@@ -210,18 +209,16 @@ pre span:hover::after {{ content: attr(data-is); position: fixed; left: 0; right
 
 
 def html_page(samples, n_layers, title):
-    """A self-contained page: each sample's text shaded by depth; samples are (pieces, how many of
-    them are the prompt's)."""
-    def span(piece, token, kind=""):
+    """A self-contained page: the pieces of each sample shaded by depth, its prompt underlined."""
+    def span(piece, token):
         color, dark = shade(token.depth / n_layers)
-        p = "" if token.p is None else f", p = {token.p:.3f}"
+        kind, p = (" class=prompt", "") if token.p is None else ("", f", p = {token.p:.3f}")
         label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
         return (f'<span{kind} style="background:rgb{color};color:{"#fff" if dark else "#222"}" '
                 f'data-is="{label}">{escape(piece)}</span>')
 
     scale = "".join(span(*t) for t in legend(n_layers))
-    body = ["".join(span(*t, " class=prompt" if i < n else "") for i, t in enumerate(text))
-            for text, n in samples]
+    body = ["".join(span(*t) for t in text) for text in samples]
     return PAGE.format(title=escape(title), legend=scale, n_layers=n_layers,
                        samples="\n".join(f"<pre>{text}</pre>" for text in body))
 
@@ -244,8 +241,8 @@ def run(args, explicit):
         out, held = generate(model, prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                              cfg.seed, encoding.eot_token, encoding.n_vocab)
     seconds, new = time.perf_counter() - start, sum(map(len, out)) - len(out) * len(prompt)
-    samples = [(pieces(row[1:], encoding), len(pieces(row[1:len(prompt)], encoding))) for row in out]
-    for text, _ in samples:
+    samples = [pieces(row[1:], encoding) for row in out]
+    for text in samples:
         print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(s for s, _ in text))
     if args.show_depth:
         print(f"blocks run: {terminal_text(legend(cfg.n_layers), cfg.n_layers)}")
@@ -255,10 +252,10 @@ def run(args, explicit):
     print(note, file=sys.stderr)
     if args.html:
         page = html_page(samples, cfg.n_layers, f"{Path(args.checkpoint).name}: {note}")
-        tool.new_file(args.html, "--html", page)
+        tool.new_file(args.html, page)
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
+main = tool.command(run, __doc__, OPTIONS, tool.FIELDS)
 
 if __name__ == "__main__":
     sys.exit(main())

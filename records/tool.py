@@ -8,12 +8,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import tokenize_text  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
+from tokenize_text import between  # noqa: E402, F401
 from train_gpt_skip import Config, UserError  # noqa: E402
 
 SOURCE = {"checkpoint": dict(required=True, help="record, checkpoint file, or folder of one")}
-# fields of Config: which model a checkpoint becomes, and where it runs
-MODEL = [*tgs.GATE_FIELDS, "norm", "gate_attention", "compute", "encoding"]
-WHERE = ["device", "dtype", "compile"]
+# which model a checkpoint becomes, and where it runs
+FIELDS = [*tgs.GATE_FIELDS, "norm", "gate_attention", "compute", "encoding", "device", "dtype", "compile"]
 
 
 def command(run, doc, options, fields):
@@ -25,7 +25,12 @@ def command(run, doc, options, fields):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
             for name, option in options.items():
                 parser.add_argument(f"--{name}", **option)
-            run(*tgs.parse_settings(parser, argv, fields))
+            try:
+                run(*tgs.parse_settings(parser, argv, fields))
+            except OSError as e:
+                if not e.filename:
+                    raise
+                raise UserError(f"{e.filename}: {e.strerror}; name another")
             return 0
 
         return tgs.exit_status(body)
@@ -57,12 +62,9 @@ def encode(cfg, text):
     return tokens
 
 
-def new_file(path, name, text):
-    try:
-        with open(path, "x", encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise UserError(f"{name} {path} cannot be written: {e.strerror}; name another file")
+def new_file(path, text):
+    with open(path, "x", encoding="utf-8") as f:
+        f.write(text)
 
 
 def write_json(path, content):
