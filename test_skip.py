@@ -1272,36 +1272,31 @@ def test_a_llama_with_further_weights_is_refused_but_for_the_rotary_frequencies(
     assert known or f"also has model.layers.0.{name}" in capsys.readouterr().err
 
 
-def test_blocks_are_dropped_from_a_dense_model_alone_and_the_others_are_kept_in_order(tmp_path, capsys):
-    model, cfg = random_model(15, control="dense", n_layers=4)
+def test_blocks_are_dropped_and_the_others_are_kept_in_order(tmp_path):
+    model, cfg = random_model(15, control="dense")
     exported(model, tmp_path / "m")
-    exported(random_model(15)[0], tmp_path / "gated")
-    argv = ["--checkpoint", str(tmp_path / "m"), "--out", str(tmp_path / "cut"), "--drop_blocks"]
-    assert convert.main([*argv, "1", "2"]) == 0
+    argv = ["--checkpoint", str(tmp_path / "m"), "--out", str(tmp_path / "cut"), "--drop_blocks", "1", "2"]
+    assert convert.main(argv) == 0
     model.layers = torch.nn.ModuleList([model.layers[0], model.layers[3]])
     model.cfg = dataclasses.replace(cfg, n_layers=2)
     inputs, cut = random_tokens(cfg)[0], convert.HubModel.from_pretrained(tmp_path / "cut")
     assert torch.equal(model_logits(cut, inputs)[0], model_logits(model, inputs)[0])
-    argv[3] = str(tmp_path / "no")
-    for source, blocks, words in ((argv[1], "4", "0 to 3"), (argv[1], "1 1", "each once"),
-                                  (argv[1], "0 1 2 3", "some of"), (tmp_path / "gated", "1", "proportional")):
-        assert convert.main(["--checkpoint", str(source), *argv[2:], *blocks.split()]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and words in error and not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("kw, to, words", [
-    (dict(), "llama", "--control proportional"), (dict(control="dense"), "llama", "--norm sandwich"),
-    (dict(control="dense", n_layers=3), "released", "even number of blocks"),
-    (dict(norm="llama"), "hub", "sandwich"), (dict(control="random"), "released", "coin")], ids=str)
-def test_a_model_that_a_layout_cannot_hold_is_refused_in_one_line(tmp_path, capsys, kw, to, words):
+@pytest.mark.parametrize("kw, flags, words", [
+    (dict(), "--to llama", "--control proportional"),
+    (dict(control="dense"), "--to llama", "--norm sandwich"),
+    (dict(control="dense", n_layers=3), "--to released", "even number of blocks"),
+    (dict(norm="llama"), "--to hub", "sandwich"), (dict(control="random"), "--to released", "coin"),
+    (dict(), "--drop_blocks 1", "proportional"), (dict(control="dense"), "--drop_blocks 4", "0 to 3"),
+    (dict(control="dense"), "--drop_blocks 1 1", "each once"), (dict(), "--out m", "m: File exists"),
+    (dict(control="dense"), "--drop_blocks 0 1 2 3", "some of")], ids=str)
+def test_what_cannot_be_written_is_refused_in_one_line(tmp_path, capsys, monkeypatch, kw, flags, words):
+    monkeypatch.chdir(tmp_path)
     exported(random_model(15, **kw)[0], tmp_path / "m")
-    argv = ["--checkpoint", str(tmp_path / "m"), "--to", to, "--out"]
-    assert convert.main([*argv, str(tmp_path / "out")]) == 2
+    assert convert.main(["--checkpoint", "m", "--out", "new", *flags.split()]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error and not (tmp_path / "out").exists()
-    assert convert.main([*argv[:2], "--out", str(tmp_path / "m")]) == 2
-    assert "File exists; name another" in capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error and not Path("new").exists()
 
 
 def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_checked(tmp_path, capsys):
@@ -3051,43 +3046,41 @@ def test_the_plan_prints_estimates_that_say_so_and_refuses_what_cannot_be(capsys
 
 def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "DECODE_BATCHES", (1, 3))
-    size = dict(dim=32, n_heads=2, n_layers=4, max_seq_len=64, vocab_size=64, device_batch_size=2)
     argv = ["--device", "cpu", "--rounds", "1", "--records_dir", str(tmp_path), "--no-compile"]
-    assert bench.main([*argv, *(f"--{k}={v}" for k, v in size.items())]) == 0
+    for flag in "dim 32", "n_heads 2", "n_layers 4", "max_seq_len 64", "vocab_size 64", "device_batch_size 2":
+        argv += f"--{flag}".split()
+    assert bench.main(argv) == 0 and "matrix products alone" in capsys.readouterr().out
     record = json.loads(next(tmp_path.glob("*_bench/bench.json")).read_text())
-    assert record["config"]["dim"] == 32 and record["dtype"] == "float32" and record["device"]
+    assert record["config"]["dim"] == 32 and record["dtype"] == "float32"
+    rows = {(r["mode"], r["batch"], r["variant"], r["sparsity"]): r for r in record["rows"]}
     variants = [("dense", None)] + [("gated", s) for s in (0, 0.25, 0.5, 0.75)]
     want = [(mode, 2, *v) for mode in ("train", "prefill") for v in [("eager", None), *variants]]
     want += [("decode", batch, *v) for batch in (1, 3) for v in variants]
-    assert [(r["mode"], r["batch"], r["variant"], r["sparsity"]) for r in record["rows"]] == want
-    dense = {(r["mode"], r["batch"]): r for r in record["rows"] if r["variant"] == "dense"}
-    for row in record["rows"]:
-        of = dense[row["mode"], row["batch"]]
-        share = row["flops_per_token"] / of["flops_per_token"]
-        assert row["speedup"] == pytest.approx(of["seconds"] / row["seconds"])
-        assert row["efficiency"] == pytest.approx(row["speedup"] * share)
-        assert row["mfu"] == pytest.approx(
-            row["tokens_per_s"] * row["flops_per_token"] / record["matmul_flops_per_s"])
-        # all but the routers, the head and the pairs scale with the active tokens
-        if row["sparsity"] is not None:
-            assert (1 - row["sparsity"]) * 0.9 < share < 1 - row["sparsity"] + 0.26
-    cached = [r["peak_bytes"] for r in record["rows"] if r["mode"] == "decode" and r["batch"] == 3]
+    assert list(rows) == want
+    for (mode, batch, _, sparsity), row in rows.items():
+        dense = rows[mode, batch, "dense", None]
+        flops = row["flops_per_token"] / dense["flops_per_token"]
+        assert row["speedup"] == pytest.approx(dense["seconds"] / row["seconds"])
+        assert row["efficiency"] == pytest.approx(row["speedup"] * flops)
+        rate = row["tokens_per_s"] * row["flops_per_token"]
+        assert row["mfu"] == pytest.approx(rate / record["matmul_flops_per_s"])
+        if sparsity is not None:  # all but the routers, the head and the pairs scale with the active tokens
+            assert (1 - sparsity) * 0.9 < flops < 1 - sparsity + 0.26
+    cached = [r["peak_bytes"] for key, r in rows.items() if key[:2] == ("decode", 3)]
     assert cached[0] == cached[1] and cached[1:] == sorted(cached[1:], reverse=True)
-    assert "matrix products alone" in capsys.readouterr().out
 
 
 def test_the_benchmarks_eager_variant_and_flops_are_the_models():
-    cfg = Config(**TINY | dict(control="dense", n_kv_heads=1))
-    model, tokens = random_model(3, control="dense", n_kv_heads=1)[0], random_tokens(cfg, 2, 8)[0]
+    model, cfg = random_model(3, control="dense", n_kv_heads=1)
+    tokens = random_tokens(cfg, 2, 8)[0]
     torch.testing.assert_close(bench.eager_loss(model, tokens), model(tokens, tokens)[0])
-    measured = bench.Bench(Config(**TINY | dict(max_seq_len=64)), tgs.Runtime(cfg))
+    cfg = Config(**TINY | dict(max_seq_len=64))
+    measured = bench.Bench(cfg, tgs.Runtime(cfg))
     measured.use("gated", 0.5)
-    n = measured.x.numel()
     with torch.no_grad():
         stats = measured.model(measured.x, measured.x)[1]
-    row = measured.row("train", "gated", 0.5, 2, 1.0, n, 63 / 2, 0)
-    want = 3 * tgs.realised_flops(measured.cfg, stats, n) / n
-    assert row["flops_per_token"] == pytest.approx(want, rel=0.02)
+    row = measured.row("train", "gated", 0.5, 2, 1.0, 128, 63 / 2, 0)
+    assert row["flops_per_token"] == pytest.approx(3 * tgs.realised_flops(cfg, stats, 128) / 128, rel=0.02)
 
 
 def report_bench(parent, name, device):
