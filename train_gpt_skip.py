@@ -165,7 +165,7 @@ class Config:
             check_field(f, getattr(self, f.name))
         self.n_kv_heads = given(self.n_kv_heads, self.n_heads)
         self.head_dim = self.dim // self.n_heads
-        self.hidden_dim = int(self.ffn_dim_multiplier * self.dim)
+        self.hidden_dim = round(self.ffn_dim_multiplier * self.dim)
         self.router_scale = given(self.router_width, self.dim) / self.dim
         self.step_tokens = self.batch_size * self.max_seq_len
         self.rule = CONTROLS[self.control]
@@ -1067,7 +1067,7 @@ class Record:
     """The folder of a run. Only rank 0 writes, and only one process at a time: the metrics are locked."""
 
     def __init__(self, cfg, rt, first_step):
-        self.cfg, self.rt, self.artist = cfg, rt, None
+        self.cfg, self.rt, self.folder, self.artist = cfg, rt, None, None
         self.shut_steps = 0  # in which a level was closed to nearly all tokens, against its target
         self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
                         disable=None if rt.main else True,  # (None: where nobody watches)
@@ -1480,8 +1480,8 @@ def run(trainer, record):
         if last or step % cfg.val_every == 0:
             event = rounded({"step": step, **evaluate(trainer.model, cfg, trainer.rt, trainer.shards["val"])})
             check_finite(step, validation=event["cross_entropy"])
-            reached = step > 0 and event["cross_entropy"] <= given(cfg.target_loss, -math.inf)
-            if reached:
+            reached = event["cross_entropy"] <= given(cfg.target_loss, -math.inf)
+            if reached and step:
                 trainer.save(step, record)
             record.validation(event)
             if last or reached:
@@ -1568,9 +1568,9 @@ def finish(trainer, record, last, reached):
 # ----------------------------------------------------------------------------------------------------------
 # Command line.
 
-def parse_settings(parser, argv, names=tuple(FIELDS)):
+def parse_settings(parser, argv, names=FIELDS):
     """All arguments, with a flag for each of these fields of Config beside the parser's own; and the fields
-    given."""
+    given. (A tool's names are other than all, and so are its defaults.)"""
     groups = {}
     for name in names:
         f = FIELDS[name]
@@ -1579,7 +1579,7 @@ def parse_settings(parser, argv, names=tuple(FIELDS)):
             groups[of] = parser.add_argument_group(of)
         how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {
             "type": TYPES[kind], "choices": f.metadata["choices"] or None}
-        default = "" if f.default is None else f" (default: {f.default})"
+        default = "" if names is not FIELDS or f.default is None else f" (default: {f.default})"
         groups[of].add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default,
                                 **how)
     args = parser.parse_args(argv)

@@ -2,12 +2,14 @@
 
     ./run.sh tokenize my_texts/ more.jsonl --out data/mine                  # GPT-2 tokens
     ./run.sh tokenize --stdlib --encoding bytes --out data/stdlib           # nothing is downloaded
+    ./run.sh tokenize my_texts/ --encoding models/smol/tokenizer.json --out data/smol
     ./run.sh tokenize big.parquet --out data/big --max_tokens 10_000_000
 
 Writes shards in the format of llm.c and modded-nanogpt: 256 little-endian int32 (magic, version, number of
-tokens, zeros), then uint16 tokens, each document begun by <|endoftext|>; and `dataset.json`, which says what
-they hold. They depend on the documents and their order alone, not on --workers. A document is for validation
-if the hash of its text, as a fraction, is below --val_fraction, whatever the other documents are.
+tokens, zeros), then uint16 tokens (uint32 where the vocabulary is beyond 65,536), each document begun by
+<|endoftext|>; and `dataset.json`, which says what they hold. They depend on the documents and their order
+alone, not on --workers. A document is for validation if the hash of its text, as a fraction, is below
+--val_fraction, whatever the other documents are.
 """
 
 import argparse
@@ -34,7 +36,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_INTS = 256
+FORMATS = {"<u2": (20240520, 1), "<u4": (20240801, 7)}  # type of the tokens: magic, version
 FIRST_SHARD = {"train": 1, "val": 0}  # the numbers that FineWeb's shards have
 PIECE_CHARS = 1 << 18  # a longer document is encoded in pieces: bounds memory and the regex's work
 CHUNK_BYTES, CHUNK_ITEMS = 1 << 20, 1024  # what a worker gets at a time
@@ -50,10 +53,15 @@ class InputError(Exception):
 
 @functools.cache
 def get_encoding(name):
-    """The tiktoken.Encoding `name`: "gpt2", or "bytes" (the 256 single bytes, then <|endoftext|>)."""
+    """A tiktoken.Encoding, "gpt2" or "bytes" (the 256 single bytes, then <|endoftext|>); or, with what is
+    used of one, the Hugging Face tokeniser of which `name` is the tokenizer.json."""
     if name == "bytes":
         ranks, special = {bytes([value]): value for value in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
+    if name.endswith(".json"):
+        return TokenizerFile(name)
+    if name != "gpt2":
+        raise InputError(f"--encoding {name} is not gpt2, bytes or the path of a tokenizer.json")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # of requests or of tiktoken: no network, a proxy, a damaged download
@@ -63,18 +71,80 @@ def get_encoding(name):
         ) from None
 
 
+class TokenizerFile:
+    """A tokenizer.json, as much like a tiktoken.Encoding as is needed here.
+
+    A document begins with what the file puts before a text (<s>, <|begin_of_text|>) or, if that is nothing,
+    with the first of BEGIN that it knows; that token stands where GPT-2 has its <|endoftext|>.
+    """
+
+    BEGIN = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<|end_of_text|>", "</s>")
+
+    def __init__(self, path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise InputError(f"{path}: reading it needs tokenizers: pip install tokenizers") from None
+        try:
+            self.tokenizer = Tokenizer.from_file(path)
+        except Exception as error:  # tokenizers raises nothing else
+            raise InputError(f"--encoding {path} cannot be read as a tokenizer.json ({error})") from None
+        self.name, self.n_vocab = path, self.tokenizer.get_vocab_size()
+        begin = self.tokenizer.encode("").ids + list(map(self.tokenizer.token_to_id, self.BEGIN))
+        self.eot_token = next((token for token in begin if token is not None), None)
+        if self.eot_token is None:
+            raise InputError(f"--encoding {path} has no token that begins a document (of {self.BEGIN})")
+        self.tokenizer.encode_special_tokens = True  # those in a text are ordinary text
+        self.added = self.tokenizer.get_added_tokens_decoder()
+        self.byte_of = byte_alphabet() if "ByteLevel" in str(self.tokenizer.decoder) else None
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode_single_token_bytes(self, token):
+        """KeyError where there is no such token."""
+        piece = self.tokenizer.id_to_token(token)
+        if piece is None:
+            raise KeyError(token)
+        if token in self.added:
+            return piece.encode()
+        if self.byte_of:
+            return bytes(map(self.byte_of.get, piece))
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace("\u2581", " ").encode()
+
+
+def byte_alphabet():
+    """The byte that each character of a byte-level vocabulary stands for: printable ones for themselves, then
+    those from 256 on for the others in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
 def encode_text(encoding, text):
     """Tokens of UTF-8 bytes, in some unsigned dtype; special tokens in them are ordinary text."""
     if encoding.name == "bytes":
         return np.frombuffer(text, np.uint8)  # the same as the Encoding gives, without its regex
+    if isinstance(encoding, TokenizerFile):
+        return np.array(encoding.encode_ordinary(text.decode()), np.uint32)
     return encoding.encode_to_numpy(text.decode(), disallowed_special=())
+
+
+def token_type(encoding):
+    return "<u2" if encoding.n_vocab <= 2**16 else "<u4"
 
 
 @functools.cache
 def token_lengths(encoding):
-    """(vocab_size,) bytes of text behind each token; none behind the last, <|endoftext|>."""
-    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.eot_token)]
-    return np.array([*lengths, 0], np.uint8)
+    """(n_vocab,) bytes of text behind each token; none behind <|endoftext|>, nor where there is no token."""
+    lengths = np.zeros(encoding.n_vocab, np.uint16)
+    for token in range(encoding.n_vocab):
+        with contextlib.suppress(KeyError):
+            lengths[token] = len(encoding.decode_single_token_bytes(token))
+    lengths[encoding.eot_token] = 0
+    return lengths
 
 
 # --- Documents ----------------------------------------------------------------------------------------
@@ -103,7 +173,8 @@ def cut(blocks):
     """Pieces of a document, a function of its text alone: not of the blocks that it comes in.
 
     GPT-2's pattern never matches a non-space together with the space after it: a cut there changes no
-    token. Where there is none within reach (in a megabyte of base64, say) the cut falls where it must.
+    token (some tokenizer.json's do, and may encode a piece's first word in another way). Where there is none
+    within reach (in a megabyte of base64, say) the cut falls where it must.
     """
     rest = ""
     for block in blocks:
@@ -233,15 +304,15 @@ def chunks(items, bar):
 
 
 def encode_chunk(name, chunk):
-    """uint16 tokens, as bytes; and of each piece in the chunk its number of tokens and its draw."""
+    """Tokens, as bytes; and of each piece in the chunk its number of tokens and its draw."""
     encoding, tokens, counts, draws = get_encoding(name), [], [], []
-    end_of_text = np.array([encoding.eot_token], np.uint16)
+    end_of_text = np.array([encoding.eot_token], token_type(encoding))
     for item in chunk:
         for data, draw, begins in [item] if len(item) == 3 else pieces_of([parse(*item)]):
             tokens += [end_of_text[:begins], encode_text(encoding, data)]
             counts.append(begins + tokens[-1].size)
             draws.append(draw)
-    return np.concatenate(tokens, dtype="<u2", casting="unsafe").tobytes(), counts, draws
+    return np.concatenate(tokens, dtype=token_type(encoding), casting="unsafe").tobytes(), counts, draws
 
 
 def serve(name):
@@ -326,6 +397,7 @@ class ShardWriter:
     def __init__(self, folder, stem, number, shard_tokens, encoding):
         self.folder, self.stem, self.number, self.shard_tokens = folder, stem, number, shard_tokens
         self.eot, self.lengths = encoding.eot_token, token_lengths(encoding)
+        self.format = FORMATS[token_type(encoding)]
         self.shards, self.file = {}, None
 
     def write(self, tokens):
@@ -355,7 +427,7 @@ class ShardWriter:
         if self.file is None:
             return
         header = np.zeros(HEADER_INTS, "<i4")
-        header[:3] = MAGIC, VERSION, self.shard["tokens"]
+        header[:3] = *self.format, self.shard["tokens"]
         with self.file as file:
             file.seek(0)
             file.write(header.tobytes())
@@ -451,12 +523,13 @@ def write_shards(args, fraction, folder):
 
 
 def encoded(args):
-    """Yield tokens: (n,) uint16 and draws: (n,) float64, of the document of each token."""
+    """Yield tokens: (n,) and draws: (n,) float64, of the document of each token."""
+    dtype = token_type(get_encoding(args.encoding))
     items = (item for path in args.files for item in read_file(path, args.skipped))
     size = sum(path.stat().st_size for path in args.files)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
         for tokens, counts, draws in encode_in_order(args.encoding, chunks(items, bar), args.workers):
-            yield np.frombuffer(tokens, "<u2"), np.repeat(draws, counts)
+            yield np.frombuffer(tokens, dtype), np.repeat(draws, counts)
 
 
 def usable_fraction(fraction, lowest, highest):
@@ -532,12 +605,13 @@ def arguments():
     add("--stdlib", action="store_true", help="the source of the running Python's standard library, too")
     add("--out", type=Path, required=True, metavar="DIR",
         help="folder for the shards and dataset.json; no file in it is overwritten")
-    add("--encoding", choices=["gpt2", "bytes"], default="gpt2",
-        help="gpt2: 50257 tokens, vocabulary downloaded once; bytes: 257, no download (default: %(default)s)")
+    add("--encoding", default="gpt2", metavar="NAME",
+        help="gpt2: 50257 tokens, vocabulary downloaded once; bytes: 257, no download; or the path of a "
+        "Hugging Face tokenizer.json (default: %(default)s)")
     add("--val_fraction", type=between(float, 0, 1), default=0.05, metavar="F",
         help="share of the documents that go to validation, 0: none (default: %(default)s)")
     add("--shard_tokens", type=between(int, 1024, 2**31), default=100_000_000, metavar="N",
-        help="tokens a shard, of 2 bytes each (default: %(default)s)")
+        help="tokens a shard, of 2 bytes each, or 4 (default: %(default)s)")
     add("--name", type=file_prefix, default="text", metavar="PREFIX",
         help="what the shards' names begin with (default: %(default)s)")
     add("--workers", type=between(int, 1, 1025), default=os.cpu_count(), metavar="N",

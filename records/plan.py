@@ -11,14 +11,13 @@ tested against torch's own counts; the shares are assumptions, printed with the 
 --gpu_report` prints measured beside estimated. A sparsity is the benchmark's: this share of the tokens is
 skipped at the first router. MFU counts the model's own FLOPs (no masked pairs, no recomputation).
 """
-import argparse
 import math
 import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import show  # noqa: E402
-import train_gpt_skip as tgs  # noqa: E402
+import torch
+
+import tool
+from tool import between, dense, tgs
 
 DEVICES = {  # data sheets: dense bfloat16 FLOP/s, bytes/s, NVLink bytes/s in one direction, bytes of memory
     "A100": (312e12, 2.04e12, 300e9, 80e9), "H100": (989e12, 3.35e12, 450e9, 80e9),
@@ -31,121 +30,113 @@ LAUNCH_S, WAIT_S = 4e-6, 100e-6  # assumed: host time of a launch; device idle a
 LAUNCHES_BLOCK, LAUNCHES_LEVEL, LAUNCHES_REST = 52, 45, 60
 
 
-def counts(cfg: tgs.Config, sparsity: float = 0.0) -> dict:
+def counts(cfg, sparsity=0.0):
     """FLOPs, bytes, launches and waits of a training micro-batch of device_batch_size sequences, and bytes
     that one device holds. Pointwise kernels have in float32 the residual stream and its gradient, in bfloat16
     all else."""
-    d, kv, m, V, T = cfg.dim, cfg.n_kv_heads * cfg.head_dim, cfg.hidden_dim, cfg.vocab_size, cfg.max_seq_len
-    L, D, n = cfg.n_layers, cfg.head_dim, cfg.device_batch_size * cfg.max_seq_len
+    L, B, T, D = cfg.n_layers, cfg.device_batch_size, cfg.max_seq_len, cfg.head_dim
+    d, kv, m, n = cfg.dim, cfg.n_kv_heads * D, cfg.hidden_dim, B * T
     rows, length = n * (1 - sparsity), T * (1 - sparsity)  # that a block computes, in all and of a sequence
+    stats = [[0, 0, rows, B * length * (length + 1) / 2]] * cfg.n_levels
     blocks = math.ceil(length / tgs.ROWS)
-    pairs = cfg.device_batch_size * tgs.ROWS**2 * blocks * (blocks + 1) / 2
-    weights = d * (2 * d + 2 * kv + 3 * m)
-    parameters = L * (weights + (4 if cfg.norm == "sandwich" else 2) * d) + 2 * V * d + 2 * d
-    parameters += cfg.n_routers * (d + 1)
-    # bytes a row: norms with their sums, rotary embedding (q, k; cos, sin), SwiGLU, ln g as columns of q and
-    # k; kept for backward
-    carry = 16 * (d + kv) // D if cfg.gated and cfg.gate_attention == "keys" else 0
-    wide = 2**math.ceil(math.log2(D + 8)) / 2**math.ceil(math.log2(D)) if carry else 1  # as the kernels round
-    forward = 28 * d + 4 * (d + kv) + 4 * D + 6 * m + carry
-    backward = 56 * d + 4 * (d + kv) + 4 * D + 10 * m + carry
+    pairs = B * tgs.ROWS**2 * blocks * (blocks + 1) / 2
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in tgs.MiddleSkippingTransformer(cfg).parameters())
+    # bytes a row: norms with their sums, rotary embedding (q, k; cos, sin), SwiGLU, and, as columns of q and
+    # k, ln g; with which the kernels round q and k to a wider power of 2
+    carry, wide = 0, 1
+    if cfg.gated and cfg.gate_attention == "keys":
+        carry = 16 * (d + kv) // D
+        wide = 2**(D + 7).bit_length() / 2**(D - 1).bit_length()
+    moved = 92 * d + 8 * kv + 8 * D + 16 * m + 2 * carry  # forward and backward
     saved = 20 * d + 4 * kv + 6 * m
+    levels = cfg.n_levels if cfg.gated else 0
     return {
-        "parameters": parameters, "model_flops": 3 * tgs.realised_flops(
-            cfg, [[0, 0, rows, cfg.device_batch_size * length * (length + 1) / 2]] * cfg.n_levels, n),
-        "products": 6.0 * L * rows * weights, "head": 6.0 * n * d * V,
+        "parameters": parameters, "model_flops": 3 * tgs.realised_flops(cfg, stats, n),
+        "products": 6 * L * rows * d * (2 * d + 2 * kv + 3 * m), "head": 6 * n * d * cfg.vocab_size,
         # 7 products of 2 d FLOPs a pair, 2 forward; as wide as q and k are q k, in both passes, dq and dk
-        "attention": 2.0 * L * d * pairs * (3 + 4 * wide),
-        "pointwise": L * rows * float(forward + backward), "head_bytes": n * (6.0 * V + 36.0 * d),
-        "gather": 0.0 if sparsity == 0 else 24.0 * rows * d,  # rows out and back, forward and backward
-        "accumulate": 12.0 * parameters, "cast": 6.0 * parameters,
-        "update": 32.0 * parameters,  # AdamW reads four numbers and writes three; the norm reads one
-        "launches": L * LAUNCHES_BLOCK + (cfg.n_levels * LAUNCHES_LEVEL if cfg.gated else 0) + LAUNCHES_REST,
-        "waits": cfg.n_levels if cfg.gated else 0,
-        "memory": 18.0 * parameters + rows * L * float(saved) + 3 * 2.0**28 + 20.0 * n * d}
+        "attention": 2 * L * d * pairs * (3 + 4 * wide),
+        "pointwise": L * rows * moved, "head_bytes": n * (6 * cfg.vocab_size + 36 * d),
+        "gather": 24 * rows * d if sparsity else 0,  # rows out and back, forward and backward
+        "gradients": 18 * parameters,  # accumulated, and weights cast
+        "update": 32 * parameters,  # AdamW reads four numbers and writes three; the norm reads one
+        "launches": L * LAUNCHES_BLOCK + levels * LAUNCHES_LEVEL + LAUNCHES_REST, "waits": levels,
+        "memory": 18 * parameters + rows * L * saved + 3 * 2**28 + 20 * n * d}
 
 
-def micro_batch(cfg: tgs.Config, sparsity: float, device: str) -> dict:
+def micro_batch(cfg, sparsity, device):
     """Estimated seconds of a training micro-batch by part; "host" is what launching takes meanwhile."""
-    (flops, bandwidth, *_), c = DEVICES[device], counts(cfg, sparsity)
-    product, memory = flops * SHARES["products"], bandwidth * SHARES["memory"]
-    parts = {"products": c["products"] / product, "head": c["head"] / product + c["head_bytes"] / memory,
-             "attention": c["attention"] / (flops * SHARES["attention"]),
-             "pointwise": c["pointwise"] / memory, "gather": c["gather"] / memory,
-             "gradients": (c["accumulate"] + c["cast"]) / memory, "waits": c["waits"] * WAIT_S}
-    return parts | {"total": max(sum(parts.values()), c["launches"] * LAUNCH_S),
-                    "host": c["launches"] * LAUNCH_S}
+    c = counts(cfg, sparsity)
+    flops, memory = DEVICES[device][0], DEVICES[device][1] * SHARES["memory"]
+    products = flops * SHARES["products"]
+    parts = {"products": c["products"] / products, "head": c["head"] / products + c["head_bytes"] / memory,
+             "attention": c["attention"] / flops / SHARES["attention"]}
+    parts |= {part: c[part] / memory for part in ("pointwise", "gather", "gradients")}
+    parts["waits"] = c["waits"] * WAIT_S
+    host = c["launches"] * LAUNCH_S
+    return parts | {"total": max(sum(parts.values()), host), "host": host}
 
 
-def step(cfg: tgs.Config, sparsity: float, device: str, devices: int, machines: int) -> dict:
+def step(cfg, sparsity, device, devices, machines):
     """Estimated seconds of an optimizer step on `machines` of `devices` each, and tokens a second. Averaging
     hides behind the backward pass (two thirds) of the last micro-batch."""
-    one, c, world = micro_batch(cfg, sparsity, device), counts(cfg, sparsity), devices * machines
-    accumulation = cfg.batch_size // (cfg.device_batch_size * world)
-    gradients = 8.0 * c["parameters"]  # a ring sends each twice
-    average = gradients * (devices - 1) / devices / (DEVICES[device][2] * SHARES["network"])
-    average += gradients * (machines - 1) / machines / (NETWORK * SHARES["network"])
-    update = c["update"] / (DEVICES[device][1] * SHARES["memory"])
-    seconds = accumulation * one["total"] + max(0.0, average - one["total"] * 2 / 3) + update
-    return {"seconds": seconds, "average": average, "update": update, "accumulation": accumulation,
+    one, c = micro_batch(cfg, sparsity, device)["total"], counts(cfg, sparsity)
+    _, bandwidth, link, _ = DEVICES[device]
+    accumulation = cfg.batch_size // (cfg.device_batch_size * devices * machines)
+    average = sum(8 * c["parameters"] * (n - 1) / n / (rate * SHARES["network"])  # a ring sends each twice
+                  for n, rate in ((devices, link), (machines, NETWORK)))
+    update = c["update"] / (bandwidth * SHARES["memory"])
+    seconds = accumulation * one + max(0.0, average - one * 2 / 3) + update
+    return {"seconds": seconds, "average": average, "accumulation": accumulation,
             "tokens_per_s": cfg.step_tokens / seconds}
 
 
-def lines(cfg: tgs.Config, sparsities, device: str, tokens: float):
-    flops, bandwidth, link, memory = DEVICES[device]
-    dense = counts(show.dense(cfg))
-    yield (f"ESTIMATE, nothing here is measured: {dense['parameters']:,} parameters, {cfg.n_layers} blocks, "
-           f"d {cfg.dim}, {cfg.device_batch_size} x {cfg.max_seq_len} tokens a micro-batch, bfloat16, "
-           f"{device}")
+def lines(cfg, sparsities, device, tokens):
+    flops, bandwidth, link, held = DEVICES[device]
+    variants = [("dense", dense(cfg), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]
+    yield (f"ESTIMATE, nothing here is measured: {counts(dense(cfg))['parameters']:,} parameters, "
+           f"{cfg.n_layers} blocks, d {cfg.dim}, {cfg.device_batch_size} x {cfg.max_seq_len} tokens a "
+           f"micro-batch, bfloat16, {device}")
     yield (f"data sheet: {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s, {link / 1e9:.0f} GB/s a "
            f"device between devices, {NETWORK / 1e9:.0f} GB/s a machine between machines; assumed of it: "
            + ", ".join(f"{k} {v:.0%}" for k, v in SHARES.items()))
     yield "\na micro-batch, forward and backward, ms by part"
-    parts = [k for k in micro_batch(cfg, 0.0, device) if k not in ("total", "host")]
-    yield (f"{'sparsity':>8s}{'TFLOP':>8s}{'GB':>7s}{'launches':>9s}{'waits':>6s}" + "".join(
-        f"{p:>11s}" for p in parts) + f"{'total':>8s}{'host':>7s}{'MFU':>6s}{'GB held':>9s}")
-    for label, c, s in [("dense", show.dense(cfg), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]:
+    heads = "".join(f"{part:>11s}" for part in micro_batch(cfg, 0.0, device))
+    yield f"sparsity   TFLOP     GB launches waits{heads}   MFU  GB held"
+    for label, c, s in variants:
         t, k = micro_batch(c, s, device), counts(c, s)
-        moved = sum(k[p] for p in ("pointwise", "head_bytes", "gather", "accumulate", "cast"))
-        yield (f"{label:>8s}{k['model_flops'] / 1e12:8.1f}{moved / 1e9:7.1f}{k['launches']:9d}"
-               f"{k['waits']:6d}" + "".join(f"{1e3 * t[p]:11.2f}" for p in parts)
-               + f"{1e3 * t['total']:8.1f}{1e3 * t['host']:7.1f}"
-            f"{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}"
-            + " more than it has" * (k["memory"] > memory))
+        moved = k["pointwise"] + k["head_bytes"] + k["gather"] + k["gradients"]
+        parts = "".join(f"{1e3 * seconds:11.2f}" for seconds in t.values())
+        more = " more than it has" if k["memory"] > held else ""
+        yield (f"{label:>8s}{k['model_flops'] / 1e12:8.1f}{moved / 1e9:7.1f}{k['launches']:9d}{k['waits']:6d}"
+               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}{more}")
     yield f"\na step of {cfg.batch_size} sequences, and hours for {tokens:.3g} tokens"
-    yield (f"{'devices':>9s}{'sparsity':>9s}{'micro-batches':>14s}{'step ms':>9s}{'averaging ms':>13s}"
-           f"{'tokens/s':>11s}{'hours':>8s}")
-    for machines, devices in ((1, 1), (1, 4), (1, 8), (2, 8), (4, 8)):
-        if cfg.batch_size % (cfg.device_batch_size * devices * machines):
-            continue
-        for label, c, s in [("dense", show.dense(cfg), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]:
-            t = step(c, s, device, devices, machines)
-            where = f"{machines} x {devices}" if machines > 1 else str(devices)
-            yield (f"{where:>9s}{label:>9s}{t['accumulation']:14d}{1e3 * t['seconds']:9.1f}"
-                   f"{1e3 * t['average']:13.2f}{t['tokens_per_s']:11,.0f}"
-                   f"{tokens / t['tokens_per_s'] / 3600:8.2f}")
+    yield "  devices sparsity micro-batches  step ms averaging ms   tokens/s   hours"
+    for machines, devices in (1, 1), (1, 4), (1, 8), (2, 8), (4, 8):
+        if cfg.batch_size % (cfg.device_batch_size * devices * machines) == 0:
+            for label, c, s in variants:
+                t = step(c, s, device, devices, machines)
+                yield (f"{machines:5d} x {devices}{label:>9s}{t['accumulation']:14d}{1e3 * t['seconds']:9.1f}"
+                       f"{1e3 * t['average']:13.2f}{t['tokens_per_s']:11,.0f}"
+                       f"{tokens / t['tokens_per_s'] / 3600:8.2f}")
 
 
-def main(argv=None) -> int:
-    parser = tgs.Parser(prog="plan.py", description=__doc__, allow_abbrev=False,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device_name", choices=DEVICES, default="H100", help="(default: H100)")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75],
-                        help="shares of tokens skipped (default: 0 0.25 0.5 0.75)")
-    parser.add_argument("--tokens", type=float, default=1e10, help="of a run (default: 1e10, FineWeb-10B)")
+OPTIONS = {
+    "device_name": dict(choices=DEVICES, default="H100", help="(default: H100)"),
+    "sparsity": dict(type=between(float, 0, 1), nargs="+", default=[0.0, 0.25, 0.5, 0.75],
+                     help="shares of tokens skipped (default: 0 0.25 0.5 0.75)"),
+    "tokens": dict(type=between(float, 1, 1e18), default=1e10, help="of a run (default: 1e10, FineWeb-10B)"),
+}
+FIELDS = [*tgs.SIZES, "norm", "gate_attention", "control", "batch_size", "device_batch_size", "preset",
+          "config"]
 
-    def run():
-        args, explicit = tgs.parse_settings(parser, argv)
-        if bad := [s for s in args.sparsity if not 0 <= s < 1]:
-            raise tgs.UserError(f"--sparsity {bad[0]} is out of range: a share from 0 to below 1")
-        if not args.tokens > 0:
-            raise tgs.UserError(f"--tokens {args.tokens} is out of range: it must be above 0")
-        cfg, _ = tgs.resolve(explicit)
-        print(*lines(cfg, args.sparsity if cfg.gated else [], args.device_name, args.tokens), sep="\n")
-        return 0
 
-    return tgs.exit_status(run)
+def run(args, explicit):
+    cfg, _ = tgs.resolve(explicit)
+    print(*lines(cfg, args.sparsity if cfg.gated else [], args.device_name, args.tokens), sep="\n")
 
+
+main = tool.command(run, __doc__, OPTIONS, FIELDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,55 +1,98 @@
-"""What the tools for one checkpoint share: their command line, and the tokeniser."""
+"""What the tools share: their command line, the model of --checkpoint, its tokeniser, and files."""
 import argparse
+import dataclasses
+import json
 import sys
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import tokenize_text  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
+from tokenize_text import between  # noqa: E402, F401
 from train_gpt_skip import Config, UserError  # noqa: E402
 
-FROM_CHECKPOINT = *tgs.GATE_FIELDS, "val_files", "val_tokens", "device_batch_size", "dtype"
+SOURCE = {"checkpoint": dict(required=True, help="record, checkpoint file, or folder of one")}
+GATES = ["control", "mean_target_start", "mean_target_end", "seed"]  # which decide the gates of given weights
+# which model a checkpoint becomes, and where it runs
+FIELDS = [*GATES, "norm", "gate_attention", "compute", "encoding", "device", "dtype", "compile"]
 
 
-def main(run, doc: str, options: dict, argv: list[str] | None = None) -> int:
-    """run(cfg, weights, args) on the checkpoint that the command line names: the exit status. `options` are
-    the tool's flags beside --checkpoint and Config's; `doc` is its docstring."""
-    def body():
-        parser = tgs.Parser(description=doc, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--checkpoint", required=True,
-                            help="record, checkpoint file or folder, or hub repo")
-        for name, option in options.items():
-            parser.add_argument(f"--{name}", **option)
-        args, explicit = tgs.parse_settings(parser, argv)
-        cfg, weights = tgs.resolve(explicit | {"init_from": args.checkpoint}, FROM_CHECKPOINT)
-        return run(cfg, weights, args)
+def command(run, doc, options, fields):
+    """A tool's main(argv), which returns the exit status. run(args, explicit) gets the tool's own flags, of
+    `options`, and those of Config's `fields` that were given; `doc` is its docstring."""
+    def main(argv=None):
+        def body():
+            parser = tgs.Parser(description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+            for name, option in options.items():
+                parser.add_argument(f"--{name}", **option)
+            try:
+                run(*tgs.parse_settings(parser, argv, fields))
+            except OSError as e:
+                if not e.filename:
+                    raise
+                raise UserError(f"{e.filename}: {e.strerror}; name another")
+            return 0
 
-    return tgs.exit_status(body)
+        return tgs.exit_status(body)
+
+    return main
 
 
-def get_encoding(cfg: Config):
-    """The model's tiktoken.Encoding. UserError where its vocabulary cannot be had."""
+def load(args, explicit):
+    """Settings and weights of --checkpoint; data and gates are its record's unless a flag says otherwise."""
+    return of_checkpoint(args.checkpoint, explicit)
+
+
+def of_checkpoint(source, explicit):
+    stored, weights = tgs.read_weights(source)
+    also = [*GATES, "val_files", "val_tokens", "device_batch_size", "dtype"]
+    settings = {k: stored[k] for k in also if stored.get(k) is not None}
+    settings |= tgs.checkpoint_settings(stored, explicit, source)
+    return Config(**settings | explicit), weights
+
+
+def dense(cfg):
+    """The same model without routers."""
+    return dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.COEFFICIENTS))
+
+
+def blocks_run(levels, n, n_layers):
+    """How many blocks each of n tokens ran (n,), from what the model's `span` leaves."""
+    depth, at = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+    for l, (g, layout, keep) in enumerate(levels):
+        at = at if keep is None else at[keep.cpu()]
+        ran = 1 if g is None else (g[:len(at)] > 0).cpu()
+        depth[at] += ran * (1 if 2 * l + 1 == n_layers else 2)
+    return depth
+
+
+def get_encoding(cfg):
+    """The model's tokeniser. UserError where its vocabulary cannot be had."""
     try:
         return tokenize_text.get_encoding(cfg.tokeniser)
     except tokenize_text.InputError as e:
         raise UserError(e)
 
 
-def encode(cfg: Config, text: str) -> list[int]:
-    """The tokens of a text, after one that begins a document. UserError where the model lacks any of them."""
+def encode(cfg, text):
+    """The tokens of a text, a list, after one that begins a document. UserError where the model lacks any."""
     encoding = get_encoding(cfg)
-    tokens = [encoding.eot_token] + encoding.encode_ordinary(text)
+    tokens = [encoding.eot_token, *encoding.encode_ordinary(text)]
     if max(tokens) >= cfg.vocab_size:
         raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} "
                         "tokens; name its own with --encoding")
     return tokens
 
 
-def new_file(path: str, name: str, text: str):
-    try:
-        with open(path, "x", encoding="utf-8") as f:
-            f.write(text)
-    except OSError as e:
-        raise UserError(f"{name} {path} cannot be written: {e.strerror}; name another file")
+def new_file(path, text):
+    with open(path, "x", encoding="utf-8") as f:
+        f.write(text)
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    tgs.write_atomically(path, lambda f: f.write(text.encode()))

@@ -28,6 +28,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "records")]
 import archive  # noqa: E402
+import tool  # noqa: E402
 import train_gpt_skip as tgs  # noqa: E402
 from archive import RecordError, Row  # noqa: E402
 
@@ -93,8 +94,8 @@ def models(track: dict, rows: dict[str, Row], folder: Path):
         elif not names:
             print(f"tracks.py: {row} is left out: no weights of it are here")
         for name in names:
-            source = {} if name == row else {"init_from": str(folder / name)}
-            cfg, weights = tgs.resolve(given | source, tgs.GATE_FIELDS)
+            new = name == row
+            cfg, weights = tgs.resolve(given) if new else tool.of_checkpoint(str(folder / name), given)
             model = tgs.build_model(cfg, tgs.Runtime(cfg), weights, name)
             optimizers = tgs.make_optimizers(model, cfg).values()
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
