@@ -223,13 +223,13 @@ class Runtime:
         if cuda and local >= torch.cuda.device_count():
             raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process "
                             f"{local} has none; use --device cpu or fewer processes (NPROC)")
-        if cuda and cfg.head_dim < 16:
-            raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.dtype = getattr(torch, cfg.dtype or ("bfloat16" if cuda else "float32"))
         self.compile = cuda if cfg.compile is None else cfg.compile
         if cuda:
             torch.cuda.set_device(self.device)
+            properties = torch.cuda.get_device_properties(self.device)
+            check_heads(cfg, self.dtype, properties.shared_memory_per_block_optin)
             # float32 stays float32: a router in TF32 may open in decoding a gate that was closed in training
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         if self.world > 1 and not dist.is_initialized():
@@ -302,6 +302,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 EPSILON = 1e-6  # lower bound of g before ln
 REMOVED = -2.0**100  # the logit of a key whose gate is 0: weight exactly 0, also by fused multiply-adds
 ROWS = 128  # block size of FlexAttention
+CARRY = 8  # columns by which q and k carry ln g there
 QUERY_ROWS = 192  # most rows of a block of queries on a CPU
 
 
@@ -407,16 +408,17 @@ def attention_kernel(layout: Layout):
 
 
 def carried(q: Tensor, k: Tensor, ln_g: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k with 8 further columns, which add ln g_j to the logit of key j: its high and its low part, so
-    that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's, and
-    not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72 columns
-    to 128: by estimate 4 ms of an 80 ms micro-batch of Table 2, for 5 to 20 of additions; neither ran.)"""
+    """q and k with CARRY further columns, which add ln g_j to the logit of key j: its high and its low part,
+    so that bfloat16 rounds nothing away, and zeros, for aligned rows. Its gradient then is a column of k's,
+    and not, as a captured tensor's, a sum by atomic additions, one for every pair. (The kernel rounds 72
+    columns to 128: by estimate 4 ms of an 80 ms micro-batch of Table 2, for 5 to 20 of additions; neither
+    ran.)"""
     unit = 2.0 ** round(math.log2(q.shape[-1]) / 2)  # near sqrt(head_dim), and exact
     value = ln_g * (math.sqrt(q.shape[-1]) / unit)
-    high = value.detach().to(k.dtype)
-    parts = torch.stack((high, (value - high).to(k.dtype)), -1)[:, None].expand(-1, k.shape[1], -1)
+    high = (8 * value.detach()).round() / 8  # exact in bfloat16: a compiler elides a cast there and back
+    parts = torch.stack((high, value - high), -1).to(k.dtype)[:, None].expand(-1, k.shape[1], -1)
     ones = q.new_full((*q.shape[:2], 2), unit)
-    return tuple(F.pad(torch.cat(both, -1), (0, 6)) for both in ((q, ones), (k, parts)))
+    return tuple(F.pad(torch.cat(both, -1), (0, CARRY - 2)) for both in ((q, ones), (k, parts)))
 
 
 def attend_flex(q, k, v, ln_g, layout):
@@ -426,15 +428,35 @@ def attend_flex(q, k, v, ln_g, layout):
     heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]  # (1, heads, n, head_dim)
     lower = compiled if q.device.type == "cuda" else eager  # (eager, it would hold all n x n scores)
     out = lower(flex_attention)(*heads_first, block_mask=block_mask(*layout.tables), scale=v.shape[-1]**-0.5,
-                                enable_gqa=k.shape[1] != q.shape[1], kernel_options=flex_options(q.shape[-1]))
+                                enable_gqa=k.shape[1] != q.shape[1],
+                                kernel_options=flex_options(q.shape[-1], q.dtype))
     return out[0].transpose(0, 1)
 
 
-def flex_options(width: int) -> dict:
-    """For sm_90: on 4 warps, the default, the forward kernel spills 576 bytes a thread; on 8, divisible,
-    none. FlexAttention has no tile for 72 columns, so they get that of 128."""
-    tile = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if 64 < width <= 128 else {}
-    return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tile
+def flex_options(width: int, dtype: torch.dtype) -> dict:
+    """Tiles for FlexAttention's kernels. In float32 or beyond 128 columns its own take more shared memory
+    than most devices have; 72 columns, for which it has none, get those of 128. On 4 warps, its default, the
+    forward kernel spills 576 bytes a thread on sm_90; on 8, divisible, none."""
+    if dtype == torch.float32:
+        tiles = dict(fwd_BLOCK_M=32, fwd_BLOCK_N=32, fwd_num_stages=1)
+    elif width > 128:
+        tiles = dict(fwd_BLOCK_M=64, fwd_BLOCK_N=32, fwd_num_stages=2, bwd_BLOCK_M1=32, bwd_BLOCK_N1=32,
+                     bwd_BLOCK_M2=32, bwd_BLOCK_N2=32, bwd_num_stages=1)
+    else:
+        tiles = dict(fwd_BLOCK_M=128, fwd_BLOCK_N=64) if width > 64 else {}
+    return dict(IS_DIVISIBLE=True, fwd_num_warps=8) | tiles
+
+
+def check_heads(cfg: Config, dtype: torch.dtype, shared: int):
+    """UserError where FlexAttention's kernels cannot start: a block of threads may take `shared` bytes."""
+    if cfg.head_dim < 16:
+        raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention needs at least 16 on cuda")
+    width = cfg.head_dim + CARRY * (cfg.gated and cfg.gate_attention == "keys")
+    columns = 2**math.ceil(math.log2(width))  # as the kernels round
+    needed = columns * (272 if dtype == torch.float32 or width > 128 else 768)  # measured
+    if needed > shared:
+        raise UserError(f"--dim / --n_heads is {cfg.head_dim}: FlexAttention takes {needed} bytes of shared "
+                        f"memory for it in {dtype}, and this GPU has {shared}; use more --n_heads")
 
 
 def attend_rows(q, k, v, ln_g, layout):

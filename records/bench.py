@@ -415,7 +415,7 @@ def measure_carriers(bench, rounds):
     def attend(q, k, v, bias, scale):
         score_mod = None if bias is None else lambda score, b, h, i, j: score + bias[j]
         return flex(q[None], k[None], v[None], score_mod=score_mod, block_mask=mask, scale=scale,
-                    kernel_options=tgs.flex_options(q.shape[-1]))[0]
+                    kernel_options=tgs.flex_options(q.shape[-1], q.dtype))[0]
 
     def run(carry):
         carry(attend, q, k, v, ln_g).float().square().mean().backward()
