@@ -412,6 +412,39 @@ def test_whatever_carries_ln_g_gives_eq_3_and_its_gradients(carry, dtype):
         torch.testing.assert_close(a.double(), b, **tolerance)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bfloat16_columns_carry_ln_g_to_2e_4_also_compiled(head_dim):
+    """(Inductor elides a cast to bfloat16 and back, and with it what the cast would round away.)"""
+    g = torch.linspace(0, 1, 1000).square()
+    q, k = (torch.ones(len(g), 1, head_dim, dtype=torch.bfloat16) for _ in "qk")
+    for carried in (tgs.carried, torch.compile(tgs.carried)):
+        q_columns, k_columns = (t[:, 0, head_dim:].double() for t in carried(q, k, tgs.log_gate(g)))
+        added = (q_columns * k_columns).sum(-1) / math.sqrt(head_dim)
+        torch.testing.assert_close(added[1:], g[1:].double().clamp(min=1e-6).log(), rtol=0, atol=2e-4)
+        assert added[0] < -1e30
+
+
+@pytest.mark.parametrize("head_dim, dtype, control, shared, starts", [
+    (64, "bfloat16", "none", 101376, True), (128, "bfloat16", "none", 101376, True),
+    (64, "float32", "none", 101376, True), (128, "float32", "none", 101376, True),
+    (256, "bfloat16", "dense", 101376, True), (256, "bfloat16", "none", 101376, False),
+    (256, "float32", "none", 166912, True), (512, "float32", "none", 232448, False),
+    (64, "bfloat16", "none", 65536, False), (8, "bfloat16", "none", 232448, False)])
+def test_heads_that_no_kernel_fits_in_a_gpus_shared_memory_are_refused_at_the_start(
+        head_dim, dtype, control, shared, starts, monkeypatch):
+    gpu = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    cfg = Config(dim=2 * head_dim, n_heads=2, control=control, dtype=dtype, device="cuda")
+    if starts:
+        assert tgs.Runtime(cfg).device.type == "cuda"
+    else:
+        with pytest.raises(UserError, match=f"n_heads is {head_dim}: FlexAttention"):
+            tgs.Runtime(cfg)
+
+
 @pytest.mark.parametrize("padded_to", [11, 128])
 def test_the_head_in_chunks_is_cross_entropy_and_padding_columns_do_not_show(padded_to):
     generator = torch.Generator().manual_seed(0)
@@ -505,9 +538,10 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @cuda
-@pytest.mark.parametrize("kw", [dict(), dict(n_kv_heads=2), dict(compute="masked"), dict(control="dense")],
-                         ids=str)
-def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kw", [dict(), dict(n_kv_heads=2), dict(compute="masked"), dict(control="dense"),
+                                dict(n_heads=8), dict(n_heads=2), dict(n_heads=2, control="dense")], ids=str)
+def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw, dtype):
     size = dict(dim=256, n_heads=4, n_layers=4, vocab_size=300, max_seq_len=256, closing=0.3)
     model, cfg = random_model(11, **size | kw)
     inputs, targets = random_tokens(cfg, 4, 256)
@@ -517,12 +551,12 @@ def test_gpu_loss_and_gradients_are_those_of_the_cpu(kw):
         if device == "cuda":
             torch.set_float32_matmul_precision("highest")
             model.lower = tgs.compiled
-        ce, stats = model(inputs.to(device), targets.to(device))
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ce, stats = model(inputs.to(device), targets.to(device))
         (ce + tgs.moments(stats, inputs.numel()).sum()).backward()
         results.append([ce.cpu(), *(p.grad.cpu() for p in model.parameters())])
     for a, b in zip(*results):
-        torch.testing.assert_close(a / (a.abs().max() + 1e-6), b / (a.abs().max() + 1e-6), rtol=1e-2,
-                                   atol=5e-3)
+        assert (a - b).norm() <= (1e-2 if dtype == torch.float32 else 0.15) * (a.norm() + 1e-6)
 
 
 @cuda
