@@ -12,11 +12,12 @@ order; what looks at a run, while it trains or later, is a tool in records/. Thr
 """
 from __future__ import annotations
 
-import argparse, copy, datetime, fcntl, glob, hashlib, importlib.metadata
+import argparse, copy, fcntl, glob, hashlib, importlib.metadata
 import itertools, json, math, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
 import traceback, warnings, zipfile
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
 from functools import cache, lru_cache, partial
 from os import environ
 from pathlib import Path
@@ -636,7 +637,8 @@ class MiddleSkippingTransformer(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
                             torch.is_grad_enabled())
-        return ce, torch.stack([self.lower(gate_sums)(g, layout) for g, layout, _ in levels])
+        return ce, torch.stack([self.lowered(len(layout.seq))(gate_sums)(g, layout)
+                                for g, layout, _ in levels])
 
     def hidden(self, tokens, seq, pos, n_seqs):
         """The final residual stream of packed tokens, each argument (n,). Returns it normalised (n, d), and
@@ -667,7 +669,7 @@ class MiddleSkippingTransformer(nn.Module):
         else:
             flex = layout.tables is not None
             rows = padded_rows(len(keep) + flex, flex)  # with and without padding would be two graphs
-            x, S, g, layout = self.lower(gather)(h, S, g, layout, keep, rows)
+            x, S, g, layout = self.lowered(len(keep))(gather)(h, S, g, layout, keep, rows)
         levels = [(g, layout, keep)]
         x = self.block(l, x, g, layout)
         mirror = self.cfg.n_layers - 1 - l
@@ -675,7 +677,7 @@ class MiddleSkippingTransformer(nn.Module):
             x, deeper = self.span(x, S, layout, l + 1)
             x = self.block(mirror, x, g, layout)
             levels += deeper
-        return x if keep is None else self.lower(put_back)(h, keep, x), levels
+        return x if keep is None else self.lowered(len(keep))(put_back)(h, keep, x), levels
 
     def gates(self, h, S, l, layout):
         """S and the gates of level l by Eq. 1 and 2; dense, None; with --control random, where S is a coin in
@@ -684,14 +686,19 @@ class MiddleSkippingTransformer(nn.Module):
             return S, None
         if self.cfg.control == "random":
             return S, (S < min(mean_targets(self.cfg)[:l + 1])).float()
-        return self.lower(Router.forward)(self.masks[l], h, S)
+        return self.lowered(len(layout.seq))(Router.forward)(self.masks[l], h, S)
 
     def block(self, l, h, g, layout):
         block = self.layers[l]
         attend = self.caches[l].attend if self.caches else attention_kernel(layout)
         carry = layout.tables is not None and not self.caches
-        q, k, v, ln_g = self.lower(Block.before)(block, h, g, layout.cos, layout.sin, carry)
-        return self.lower(Block.after)(block, h, g, attend(q, k, v, ln_g, layout))
+        lower = self.lowered(len(layout.seq))
+        q, k, v, ln_g = lower(Block.before)(block, h, g, layout.cos, layout.sin, carry)
+        return lower(Block.after)(block, h, g, attend(q, k, v, ln_g, layout))
+
+    def lowered(self, n):
+        """0 and 1 tokens would be graphs of their own: rare in training; in decoding 1 is what there is."""
+        return eager if n < 2 and not self.caches else self.lower
 
 
 def gate_sums(g, layout):
@@ -1179,7 +1186,7 @@ def rounded(event):
 
 def make_folder(parent, name):
     """parent/YYYY-MM-DD_HH-MM-SS_NAME (UTC), new: where it exists, with a suffix."""
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d_%H-%M-%S_") + name
     for suffix in itertools.count(1):
         folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
         try:
@@ -1215,7 +1222,7 @@ def source_hash():
 def environment(rt, shards):
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
         "source_sha256": source_hash(), "python": platform.python_version(),
@@ -1343,7 +1350,6 @@ class Trainer:
         self.signals, self.stopping = 0, False  # that this rank got; what all ranks agreed on
         self.parallel = self.model
         self.compile_s = self.warm_up() if rt.compile else 0.0
-        self.graphs = graphs_compiled()
         if rt.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, broadcast_buffers=False)  # (which never change)
@@ -1446,10 +1452,6 @@ def check_finite(step, **values):
             raise Divergence(f"the {what} is not finite at step {step}; the weights are as before it")
 
 
-def graphs_compiled():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
-
 def train(cfg, weights):
     """The run of a configuration; returns the exit status."""
     state, source = latest_checkpoint(Path(cfg.resume)) if cfg.resume else (None, None)
@@ -1540,8 +1542,8 @@ def install_signals(trainer):
         if trainer.signals > 1:
             os._exit(128 + number)
 
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, handle)
 
 
 def finish(trainer, record, last, reached):
@@ -1555,7 +1557,7 @@ def finish(trainer, record, last, reached):
         "interrupted": False, "target_reached": reached, "sparsity": fmean(last["gate_zero"]),
         "parameters": trainer.parameters, "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
-        "recompiles_after_warm_up": graphs_compiled() - trainer.graphs, "peak_memory_bytes": peak_memory(rt),
+        "peak_memory_bytes": peak_memory(rt),
         # with nanoseconds of computing, of averaging gradients, and of both at once
         "ddp": trainer.parallel._get_ddp_logging_data() if rt.world > 1 else None})
     record.bar.close()
@@ -1602,7 +1604,7 @@ def resolve(explicit):
     resume = explicit.get("resume")
     if resume:
         settings = recorded_settings(resume)
-        for k in sorted(explicit.keys() - RESUME_MAY_CHANGE):
+        for k in explicit.keys() - RESUME_MAY_CHANGE:
             if settings.get(k) != shown(explicit[k]):
                 raise UserError(f"--{k} {explicit[k]} disagrees with the record {resume}, which has "
                                 f"{settings.get(k)}: leave the flag out")
