@@ -6,8 +6,10 @@
 #   fineweb, tokenize              get shards, or make them of texts
 #   eval, sample, convert          take a checkpoint: its loss and who skips; text; other layouts
 #   show, report, tracks           one run; all records; comparisons by seeds
-#   bench, plan                    time this machine; estimate a run's cost (plan --dry_run: check a run, start none)
-# NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and MAX_RESTARTS go to torchrun.
+#   bench, plan                    time this machine; estimate what GPUs would need
+# ./run.sh --dry_run [--flags] checks all that a run needs, prints its plan and writes nothing.
+# NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT go to torchrun. MAX_RESTARTS=3
+# starts a run again from its last checkpoint where it fails (one machine; on several, relaunch with --resume).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -67,34 +69,66 @@ esac
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 shards=$(compgen -G 'data/fineweb10B/fineweb_train_*.bin' >/dev/null && echo yes || echo no)
 chosen=no  # did the flags choose a model or data themselves?
-for flag in "$@"; do
-    case "${flag%%=*}" in
+program=train_gpt_skip.py records=records
+args=() previous=
+for word in "$@"; do
+    case "${word%%=*}" in
         --help|-h) chosen=yes NPROC=1 ;;
+        --dry_run) program=records/dry_run.py; continue ;;
         --preset|--config|--resume|--init_from|--train_files) chosen=yes ;;
     esac
+    case "$previous $word" in "--records_dir "*|*" --records_dir="*) records=${word#--*=} ;; esac
+    args+=("$word") previous=$word
 done
 if [ "$chosen" = no ] && [ "$gpus" -gt 0 ] && [ "$shards" = yes ]; then
-    set -- --preset gated "$@"
+    args=(--preset gated ${args[@]+"${args[@]}"})
 elif [ "$chosen" = no ]; then
     [ "$gpus" -gt 0 ] || echo "run.sh: no GPU: training the demo, a small byte-level model"
     [ "$shards" = yes ] || echo "run.sh: no shards in data/fineweb10B: training the demo on Python's standard" \
         "library; get FineWeb with: ./run.sh fineweb"
-    set -- --preset demo "$@"
+    args=(--preset demo ${args[@]+"${args[@]}"})
 fi
-words=("${@#--*=}")
-if [[ " $* " == *" --preset"[\ =]"demo "* ]] || grep -qs data/demo/ -- "${words[@]}" "${words[@]/%//config.json}"; then
+
+on_demo_data() {  # by the preset, or by the record that a flag names, live or packed
+    for value in "${@#--*=}"; do
+        grep -qs data/demo/ "$value" "$value/config.json" && return
+        grep -s "\"name\":\"${value##*/}\"" "${value%/*}/runs.jsonl" | grep -q data/demo/ && return
+    done
+    [[ " $* " == *" --preset"[\ =]"demo "* ]]
+}
+if on_demo_data "${args[@]}"; then
     NPROC=${NPROC:-1}  # its batch is for one device
     demo_data
 fi
 
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-if [ "$nproc" -eq 1 ] && [ "${NNODES:-1}" -eq 1 ] && [ -z "${MAX_RESTARTS:-}" ]; then
-    exec "$python" train_gpt_skip.py "$@"
+launch=("$python")
+if [ "$nproc" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+    launch+=(-m torch.distributed.run --nproc_per_node "$nproc")
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        launch+=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+                 --master_port "${MASTER_PORT:-29500}")
+    else
+        launch+=(--standalone)
+    fi
 fi
-where="--standalone"
-[ "${NNODES:-1}" -eq 1 ] || where="--nnodes $NNODES --node_rank ${NODE_RANK:-0} --master_addr ${MASTER_ADDR:-127.0.0.1}
-    --master_port ${MASTER_PORT:-29500}"
-# shellcheck disable=SC2086  # $where is several words
-exec "$python" -m torch.distributed.run $where --nproc_per_node "$nproc" --max_restarts "${MAX_RESTARTS:-0}" \
-    train_gpt_skip.py "$@"
+[ -n "${MAX_RESTARTS:-}" ] || exec "${launch[@]}" "$program" "${args[@]}"
+
+began=$(mktemp)
+for ((left = MAX_RESTARTS; ; left--)); do
+    "${launch[@]}" "$program" "${args[@]}" &
+    child=$!
+    trap 'kill -TERM "$child" 2>/dev/null' TERM INT
+    status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait, not the run
+        status=0
+        wait "$child" || status=$?
+    done
+    record=$(find "$records" -mindepth 2 -maxdepth 2 -name config.json -newer "$began" 2>/dev/null | sort | tail -n 1)
+    case " ${args[*]} " in *" --resume"[\ =]*) record=${record:-given} ;; esac
+    [ "$status" -ne 0 ] && [ "$left" -gt 0 ] && [ -n "$record" ] || exit "$status"
+    [ "$record" = given ] || args+=(--resume "${record%/config.json}")
+    echo "run.sh: ended with status $status; starting again, $((left - 1)) restarts left"
+done

@@ -1144,7 +1144,7 @@ class Record:
         """Have records/show.py draw the record, and say what there is to say of it. A process of its own:
         GPUs do not wait for it; a CPU does, which two processes at once would take longer."""
         tool = ROOT / "records" / "show.py"
-        if self.rt.main and tool.exists() and (wait or self.artist is None or self.artist.poll() is not None):
+        if self.rt.main and tool.exists() and (wait or not self.artist or self.artist.poll() is not None):
             self.artist = subprocess.Popen([sys.executable, tool, self.folder, "--log", *flags])
             if wait:
                 self.artist.wait()
@@ -1269,7 +1269,7 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as z:
             if damaged := z.testzip():
                 raise ValueError(f"{damaged} fails its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as e:  # torch.load raises many kinds
         reason = str(e).strip().split("\n")[0][:160]
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}); use an earlier one")
@@ -1336,7 +1336,8 @@ class Trainer:
     """A run: model, optimizer, control, loader and clock, and what a step does to them."""
 
     def __init__(self, cfg, weights):
-        self.cfg, self.rt = cfg, (rt := Runtime(cfg))
+        self.cfg = cfg
+        self.rt = rt = Runtime(cfg)
         self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
         self.loader = TrainLoader(self.shards["train"], cfg, rt)
         sequences(self.shards["val"], cfg)  # (which checks that there are some)
@@ -1598,7 +1599,7 @@ def resolve(explicit):
     weights, if there is one."""
     settings, weights = PRESETS.get(explicit.get("preset"), {}), None
     if "config" in explicit:
-        if settings:
+        if "preset" in explicit:
             raise UserError("--preset and --config both choose the settings: leave one out")
         settings = recorded_settings(explicit["config"])
     resume = explicit.get("resume")
