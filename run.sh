@@ -91,8 +91,8 @@ fi
 
 on_demo_data() {  # by the preset, or by the record that a flag names, live or packed
     for value in "${@#--*=}"; do
-        grep -qs data/demo/ "$value" "$value/config.json" && return
-        grep -s "\"name\":\"${value##*/}\"" "${value%/*}/runs.jsonl" | grep -q data/demo/ && return
+        grep -qs data/demo/ -- "$value" "$value/config.json" && return
+        grep -s "\"name\":\"${value##*/}\"" -- "${value%/*}/runs.jsonl" | grep -q data/demo/ && return
     done
     [[ " $* " == *" --preset"[\ =]"demo "* ]]
 }

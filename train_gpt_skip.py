@@ -1131,7 +1131,7 @@ class Record:
             self.say(f"WARNING: levels {shut} are closed to over 99% of the tokens, for 50 steps now, "
                      "against their targets: try --router_width 64")
         self.bar.set_postfix_str(
-            f"loss {event['cross_entropy']:.3f}, sparsity {fmean(zeros):.2f}, {speed}", refresh=False)
+            f"loss {event['cross_entropy']:.3f}, sparsity {fmean(zeros):.2f}, {speed}", False)
         self.bar.update()
 
     def validation(self, event):
@@ -1289,7 +1289,8 @@ def read_weights(source):
     if not (isinstance(settings, dict) and isinstance(state, dict)):
         raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it one of a "
                         "model?")
-    return settings, state
+    # The authors store a dense model with routers that are all zero, from which nothing would ever learn.
+    return settings, {k: v for k, v in state.items() if not str(k).startswith("masks.") or v.any()}
 
 
 def checkpoint_settings(settings, explicit, source):
@@ -1344,7 +1345,6 @@ class Trainer:
         cfg.num_steps = given(cfg.num_steps, len(self.loader.steps))
         cfg.encoding = self.shards["train"].encoding or cfg.tokeniser
         self.model = build_model(cfg, rt, weights, cfg.init_from)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parts = {"model": self.model, "control": self.control} | self.optimizers  # of a checkpoint
         self.first_step, self.train_s, self.train_flops = 0, 0.0, 0.0
@@ -1549,14 +1549,14 @@ def install_signals(trainer):
 
 def finish(trainer, record, last, reached):
     """Weights, summary, and the closing lines; last: the last validation."""
-    cfg, rt, step, seconds = trainer.cfg, trainer.rt, last["step"], trainer.train_s
+    rt, step, seconds = trainer.rt, last["step"], trainer.train_s
     if not rt.main:
         return 0
     export_weights(trainer.model, record.folder / "model.safetensors")
-    speed = step * cfg.step_tokens / max(seconds, 1e-9)
+    speed = step * trainer.cfg.step_tokens / max(seconds, 1e-9)
     record.write("summary.json", last | {
         "interrupted": False, "target_reached": reached, "sparsity": fmean(last["gate_zero"]),
-        "parameters": trainer.parameters, "train_flops": trainer.train_flops,  # realised, exact
+        "parameters": sum(p.numel() for p in trainer.model.parameters()), "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
         "peak_memory_bytes": peak_memory(rt),
         # with nanoseconds of computing, of averaging gradients, and of both at once
@@ -1645,7 +1645,7 @@ def recorded_settings(source):
 def tell(kind, what, own=False):
     """One line on standard error: of what only this rank may see, or, once a machine, of what all see."""
     if own or environ.get("LOCAL_RANK", "0") == "0":
-        rank = f"rank {environ['RANK']}: " if own and "RANK" in environ else ""
+        rank = f"rank {environ.get('RANK', 0)}: " if own else ""
         print(f"{Path(sys.argv[0]).name}: {kind}: {rank}{' '.join(str(what).split())}", file=sys.stderr)
 
 
@@ -1691,6 +1691,5 @@ if __name__ == "__main__":
     if "RANK" in environ:
         # Of several processes one ends at once: DDP leaves gloo's threads behind, which abort the process if
         # they drop a tensor while Python shuts down, and a rank that failed must not wait for the others.
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
