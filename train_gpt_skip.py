@@ -357,7 +357,7 @@ class Layout(NamedTuple):
     counts: Tensor  # (sequences + 1,) tokens of each sequence that are here; the last are padding, and 0
     cos: Tensor  # (n or padded, head_dim / 2) rotary angles
     sin: Tensor
-    tables: list[Tensor] | None  # `mask_tables` (CUDA)
+    tables: list  # of tensors: `mask_tables` (CUDA); else None
 
 
 def make_layout(seq, cos, sin, n_seqs, flex):
@@ -382,7 +382,7 @@ def put_back(h, keep, x):
     return h.index_copy(0, keep, x[:len(keep)])
 
 
-def uses_flex(device: torch.device):
+def uses_flex(device):
     """FlexAttention has no backward on a CPU."""
     return device.type == "cuda"
 
@@ -1556,7 +1556,8 @@ def finish(trainer, record, last, reached):
     speed = step * trainer.cfg.step_tokens / max(seconds, 1e-9)
     record.write("summary.json", last | {
         "interrupted": False, "target_reached": reached, "sparsity": fmean(last["gate_zero"]),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()), "train_flops": trainer.train_flops,  # realised, exact
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
         "peak_memory_bytes": peak_memory(rt),
         # with nanoseconds of computing, of averaging gradients, and of both at once
