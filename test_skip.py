@@ -2206,78 +2206,65 @@ def test_two_torchrun_agents_act_as_two_machines(tmp_path, corpus, no_plot):
 # data/tokenize_text.py: helpers
 
 
-def tokenize(*argv, encoding="bytes", workers=1):
-    tokenize_text.main([*map(str, argv), "--encoding", encoding, "--workers", str(workers)])
+def tokenize(source, out, flags=""):
+    flags = f"--encoding bytes --workers 1 --val_fraction 0 {flags}"  # the last of two counts
+    tokenize_text.main([str(source), "--out", str(out), *flags.split()])
+    return out
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+def tokenize_texts(texts, out, flags=""):
+    """By way of a .jsonl beside `out`."""
+    source = out.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return tokenize(source, out, flags)
 
 
-def some_texts(count, seed=0):
+def some_texts(count):
     """Documents of 0 to 400 characters of 1 to 4 bytes."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     return ["".join(draw.choices("ab c\n\0é中😀", k=draw.randrange(400))) for _ in range(count)]
 
 
-def read_tokens(folder, split):
-    """The split's tokens, its shards one after the other."""
-    shards = [np.fromfile(path, "<u2")[512:] for path in sorted(folder.glob(f"*_{split}_*.bin"))]
-    return np.concatenate([np.empty(0, "<u2"), *shards])
+def contents(folder, pattern="*"):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes()
+            for path in Path(folder).glob(pattern)}
 
 
-def read_documents(folder, split, encoding="bytes"):
-    encoding = tokenize_text.get_encoding(encoding)
-    tokens = read_tokens(folder, split)
-    starts = np.flatnonzero(tokens == encoding.eot_token)
-    assert tokens.size == 0 or starts[0] == 0
-    return [encoding.decode(part[1:].tolist()) for part in np.split(tokens, starts)[1:]]
+def read_tokens(folder, split="train"):
+    shards = sorted(folder.glob(f"*_{split}_*.bin"))
+    return np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in shards])
+
+
+def read_documents(folder, split="train"):
+    """The texts in shards of bytes, where token 256 begins a document."""
+    before, *texts = "".join(map(chr, read_tokens(folder, split))).split(chr(256))
+    assert not before
+    return [text.encode("latin1").decode() for text in texts]
 
 
 def read_dataset(folder):
-    return json.loads((folder / "dataset.json").read_text())
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def refused(capsys, *argv, status=2, **options):
-    """Run what must fail; return its line on standard error."""
-    with pytest.raises(SystemExit) as stop:
-        tokenize(*argv, **options)
-    output, line = capsys.readouterr()
-    assert stop.value.code == status and output == ""
-    assert line.startswith("tokenize_text.py: ") and line.count("\n") == 1 and line.endswith("\n")
-    return line
+    return tgs.read_json(folder / "dataset.json")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # data/tokenize_text.py: encodings
 
 
-@settings(deadline=None)
+@few
 @given(st.text())
 def test_the_bytes_encoding_gives_the_utf8_bytes_of_any_text(text):
-    encoding, data = tokenize_text.get_encoding("bytes"), text.encode()
+    encoding = tokenize_text.get_encoding("bytes")
+    data = text.encode()
     assert encoding.encode_ordinary(text) == list(data)
     assert tokenize_text.encode_text(encoding, data).tolist() == list(data)
-    assert encoding.decode(list(data)) == text
-
-
-def test_the_bytes_encoding_has_257_tokens_the_last_of_which_is_end_of_text():
-    encoding = tokenize_text.get_encoding("bytes")
-    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
-    assert tokenize_text.token_lengths(encoding).tolist() == [1] * 256 + [0]
 
 
 def toy_encoding():
     """GPT-2's pattern with a few merges, which need no download."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    merges = [b"  ", b" a", b"ab", b"\n\n", b" \n", b"'s", b"   ", b" ab", b"12", b"!!", b"abab", b"\xc3\xa9"]
-    ranks = {token: rank for rank, token in enumerate([bytes([i]) for i in range(256)] + merges)}
+    merges = "  | a|ab|\n\n| \n|'s|   | ab|12|!!|abab|é".encode().split(b"|")
+    ranks = {token: rank for rank, token in enumerate([*(bytes([i]) for i in range(256)), *merges])}
     special = {"<|endoftext|>": len(ranks)}
     return tiktoken.Encoding("toy", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
@@ -2287,129 +2274,122 @@ def test_special_tokens_in_a_text_are_ordinary_text():
     assert bytes(tokens.tolist()) == b"a<|endoftext|>b"
 
 
+def cut(blocks, chars):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_text, "PIECE_CHARS", chars)
+        return list(tokenize_text.cut(blocks))
+
+
 @settings(deadline=None)
 @given(st.text("ab'12! \n\té\x1c\u2003", max_size=80), st.integers(1, 30))
 def test_pieces_of_a_document_do_not_depend_on_the_blocks_that_it_is_read_in(text, size):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize_text, "PIECE_CHARS", 5)
-        blocks = [text[start : start + size] for start in range(0, len(text), size)]
-        assert list(tokenize_text.cut(blocks)) == list(tokenize_text.cut([text]))
+    blocks = [text[start : start + size] for start in range(0, len(text), size)]
+    assert cut(blocks, chars=5) == cut([text], chars=5)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text("ab'12! \n\té\x1c\u2003", max_size=9)), st.sampled_from("a'2!é"))
 def test_cutting_a_document_between_words_changes_no_token(words, end):
-    encoding, text = toy_encoding(), "".join(f"{word}{end} " for word in words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize_text, "PIECE_CHARS", 20)
-        pieces = list(tokenize_text.cut([text]))
-    assert "".join(pieces) == text
-    assert sum(map(encoding.encode_ordinary, pieces), []) == encoding.encode_ordinary(text)
-    assert all(len(piece) <= 40 for piece in pieces)
+    text = "".join(f"{word}{end} " for word in words)
+    pieces = cut([text], chars=20)
+    assert max(map(len, pieces)) <= 40
+    encode = toy_encoding().encode_ordinary
+    assert sum(map(encode, pieces), []) == encode(text)
 
 
-def tokenizer_json(path, kind, extra=0):
-    """A small tokeniser: byte-level, as GPT-2, Llama 3 and SmolLM have it; or of pieces with a fall-back to
-    bytes, as Llama 2 and TinyLlama. `extra`: further tokens that no text has."""
+def tokenizer_json(path, kind):
+    """A small tokeniser: of pieces with a fall-back to bytes, as Llama 2 and TinyLlama have; or byte-level,
+    as GPT-2, Llama 3 and SmolLM, and "large" with tokens that no text has."""
     tokenizers = pytest.importorskip("tokenizers")
-    if kind == "byte-level":
-        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        names = ["<|endoftext|>", *alphabet, "Ġa", "ab", "é", *(f"none{i}" for i in range(extra))]
-        names = list(dict.fromkeys(names))
-        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={name: i for i, name in enumerate(names)},
-                                                          merges=[("Ġ", "a"), ("a", "b")]))
-        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = tokenizers.decoders.ByteLevel()
-        made.add_special_tokens(["<|endoftext|>"])
+    if kind == "pieces":
+        space, special = "▁", ["<unk>", "<s>", "</s>"]
+        names = [*(f"<0x{i:02X}>" for i in range(256)), *"▁abé"]
+        options = dict(unk_token="<unk>", byte_fallback=True)
     else:
-        names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abé", "ab", "▁a"]
-        made = tokenizers.Tokenizer(tokenizers.models.BPE(
-            vocab={name: i for i, name in enumerate(names)}, merges=[("a", "b"), ("▁", "a")],
-            unk_token="<unk>", byte_fallback=True))
+        space, special = "Ġ", ["<|endoftext|>"]
+        names = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        options = {}
+    unused = [f"none{i}" for i in range(70_000)] if kind == "large" else []
+    vocab = {name: i for i, name in enumerate([*special, *sorted(names), "ab", f"{space}a", *unused])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b"), (space, "a")], **options))
+    made.add_special_tokens(special)
+    if kind == "pieces":
         made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
         made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-        made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    else:
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
     made.save(str(path))
     return str(path)
 
 
-@pytest.mark.parametrize("kind, begin", [("byte-level", "<|endoftext|>"), ("pieces", "<s>")])
-def test_the_tokens_of_a_tokenizer_json_are_the_bytes_of_the_text(tmp_path, kind, begin):
-    encoding = tokenize_text.get_encoding(tokenizer_json(tmp_path / "tokenizer.json", kind))
-    assert encoding.decode_single_token_bytes(encoding.eot_token) == begin.encode()
-    for text in ["", "ab ab\n", " aé中😀\x00", f"{begin}a<unk>", *some_texts(20)]:
-        tokens = encoding.encode_ordinary(text)
-        assert b"".join(map(encoding.decode_single_token_bytes, tokens)) == text.encode()
-        assert not {encoding.eot_token, encoding.n_vocab} & set(tokens)
-    assert len(encoding.encode_ordinary("ab ab")) < 5
-    with pytest.raises(KeyError):
-        encoding.decode_single_token_bytes(encoding.n_vocab)
-    lengths = tokenize_text.token_lengths(encoding)
-    assert lengths[encoding.eot_token] == 0 and len(lengths) == encoding.n_vocab
-
-
-@pytest.mark.parametrize("extra, dtype, head", [(0, "<u2", [20240520, 1]), (70_000, "<u4", [20240801, 7])])
-def test_shards_of_a_tokenizer_json_have_the_bits_that_its_vocabulary_needs(tmp_path, extra, dtype, head):
-    name = tokenizer_json(tmp_path / "tokenizer.json", "byte-level", extra)
-    texts = some_texts(40)
-    source = write_jsonl(tmp_path / "a.jsonl", texts)
-    tokenize(source, "--out", tmp_path / "out", "--val_fraction", 0, encoding=name, workers=2)
-    dataset, encoding = read_dataset(tmp_path / "out"), tokenize_text.get_encoding(name)
-    assert dataset["encoding"] == name and dataset["vocab_size"] == encoding.n_vocab > extra
-    path = tmp_path / "out" / "text_train_000001.bin"
-    assert np.fromfile(path, "<i4", 2).tolist() == head
-    found = np.fromfile(path, dtype, offset=1024).tolist()
-    assert found == tgs.open_shard(path).tolist()
-    assert found == [t for text in texts for t in [encoding.eot_token, *encoding.encode_ordinary(text)]]
-    assert dataset["train"]["bytes"] == sum(len(text.encode()) for text in texts)
-
-
-def test_gpt2_shards_decode_to_the_documents(tmp_path):
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache"))
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    names = [hashlib.sha1(f"{base}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
-    if not all((cache / name).exists() for name in names):
+@pytest.fixture(params=["gpt2", "pieces", "byte-level", "large"])
+def encoding(request, tmp_path):
+    name = request.param
+    if name != "gpt2":
+        return tokenize_text.get_encoding(tokenizer_json(tmp_path / "tokenizer.json", name))
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or f"{tempfile.gettempdir()}/data-gym-cache")
+    if not (cache / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee").exists():  # tiktoken's name for vocab.bpe
         pytest.skip("the GPT-2 vocabulary is not at hand")
-    texts = [*some_texts(20), "<|endoftext|>", "Hello, world. " * 60_000]
-    tokenize(write_jsonl(tmp_path / "a.jsonl", texts), "--out", tmp_path / "out", encoding="gpt2", workers=2)
-    encoding, found = tokenize_text.get_encoding("gpt2"), read_tokens(tmp_path / "out", "train")
-    train = read_documents(tmp_path / "out", "train", "gpt2")
-    assert sorted(train + read_documents(tmp_path / "out", "val", "gpt2")) == sorted(texts)
-    assert found.tolist() == [t for text in train for t in [50256, *encoding.encode_ordinary(text)]]
-    assert read_dataset(tmp_path / "out")["train"]["bytes"] == sum(len(text.encode()) for text in train)
+    return tokenize_text.get_encoding(name)
+
+
+def test_the_tokens_of_a_text_are_its_bytes_and_none_begins_a_document(encoding):
+    to_bytes = encoding.decode_single_token_bytes
+    begin = to_bytes(encoding.eot_token)
+    assert begin in (b"<|endoftext|>", b"<s>")
+    for text in ["", f"{begin.decode()}a<unk>", *some_texts(20)]:
+        tokens = encoding.encode_ordinary(text)
+        assert b"".join(map(to_bytes, tokens)) == text.encode()
+        assert encoding.eot_token not in tokens
+    with pytest.raises(KeyError):
+        to_bytes(encoding.n_vocab)
+
+
+def test_a_shard_is_256_int32_and_of_each_document_a_first_token_and_those_of_its_text(tmp_path, encoding):
+    texts = ["Hello, world. " * 40_000, *some_texts(20)]  # the first is encoded in pieces
+    out = tokenize_texts(texts, tmp_path / "out", f"--encoding {encoding.name} --workers 2")
+    path = out / "text_train_000001.bin"
+    dtype, *head = ("<u4", 20240801, 7) if encoding.n_vocab > 1 << 16 else ("<u2", 20240520, 1)
+    tokens = np.fromfile(path, dtype, offset=1024).tolist()
+    assert tokens == [t for text in texts for t in [encoding.eot_token, *encoding.encode_ordinary(text)]]
+    assert tokens == tgs.open_shard(path).tolist()
+    assert np.fromfile(path, "<i4", 256).tolist() == [*head, len(tokens), *253 * [0]]
+    dataset = read_dataset(out)
+    assert (dataset["encoding"], dataset["vocab_size"]) == (encoding.name, encoding.n_vocab)
+    assert dataset["train"]["bytes"] == len("".join(texts).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # data/tokenize_text.py: shards
 
 
-@settings(max_examples=25, deadline=None)
+@few
 @given(st.lists(st.text(), min_size=1), st.integers(1, 4))
 def test_shards_decode_to_the_documents_in_their_order(texts, items):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize_text, "CHUNK_ITEMS", items)
         patch.setattr(tokenize_text, "PIECE_CHARS", 3)
-        source, out = write_jsonl(Path(folder, "a.jsonl"), texts), Path(folder, "out")
-        tokenize(source, "--out", out, "--val_fraction", 0)
-        assert read_documents(out, "train") == texts and not list(out.glob("*val*"))
+        out = tokenize_texts(texts, Path(folder, "out"))
+        assert read_documents(out) == texts and not list(out.glob("*val*"))
 
 
 def test_shards_are_the_same_for_any_number_of_workers_and_any_kind_of_input(tmp_path, monkeypatch):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    texts = [text.replace("\0", "-") for text in some_texts(300)]  # a file with NUL would be skipped
-    jsonl, folder = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "texts"
-    table = pyarrow.table({"id": range(300), "text": texts})
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [*some_texts(300), "".join(some_texts(3000))]  # the last is read in blocks
+    texts = [text.replace("\0", "-") for text in texts]  # a file with NUL would be skipped
+    flags = "--shard_tokens 10_000 --val_fraction 0.1"
+    expected = contents(tokenize_texts(texts, tmp_path / "lines", flags))
+    parquet.write_table(pyarrow.table({"id": range(301), "text": texts}), tmp_path / "a.parquet", row_group_size=70)
     for number, text in enumerate(texts):
-        path = folder / f"{number // 100}" / f"{number:03d}.txt"
+        path = tmp_path / "texts" / f"{number // 100}" / f"{number:03d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
-    tokenize(jsonl, "--out", tmp_path / "expected", "--shard_tokens", 10_000)
     monkeypatch.setattr(tokenize_text, "CHUNK_ITEMS", 7)
-    for workers, source in ((2, jsonl), (3, jsonl), (1, tmp_path / "a.parquet"), (2, folder)):
-        out = tmp_path / f"{workers}_{source.name}"
-        tokenize(source, "--out", out, "--shard_tokens", 10_000, workers=workers)
-        assert contents(out) == contents(tmp_path / "expected")
+    for workers, source in ((2, "lines.jsonl"), (3, "lines.jsonl"), (1, "a.parquet"), (2, "texts")):
+        out = tokenize(tmp_path / source, tmp_path / f"out{workers}{source}", f"{flags} --workers {workers}")
+        assert contents(out) == expected
 
 
 def test_what_a_worker_gets_is_bounded_in_bytes_and_in_number():
@@ -2419,52 +2399,35 @@ def test_what_a_worker_gets_is_bounded_in_bytes_and_in_number():
     assert [len(chunk) for chunk in chunks] == [1024, 1024, 954, 2, 2]
 
 
-def test_a_shard_is_256_int32_of_header_and_uint16_tokens(tmp_path):
-    tokenize(write_jsonl(tmp_path / "a.jsonl", ["é\0"]), "--out", tmp_path / "out", "--val_fraction", 0)
-    data = (tmp_path / "out" / "text_train_000001.bin").read_bytes()
-    header = np.frombuffer(data[:1024], "<i4")
-    assert header[:3].tolist() == [20240520, 1, 4] and not header[3:].any()
-    assert data[1024:] == b"\x00\x01\xc3\x00\xa9\x00\x00\x00"
-
-
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_every_shard_but_the_last_is_full_and_none_is_empty(tmp_path, extra):
-    texts = ["x" * 999, "y" * (2 * 1024 - 1001 + extra)]  # two shards' worth of tokens, and `extra`
-    tokenize(write_jsonl(tmp_path / "a.jsonl", texts), "--out", tmp_path / "out", "--shard_tokens", 1024,
-             "--val_fraction", 0, "--name", "my-name")  # fmt: skip
-    shards = read_dataset(tmp_path / "out")["shards"]
-    sizes = {-1: [1024, 1023], 0: [1024, 1024], 1: [1024, 1024, 1]}[extra]
+@pytest.mark.parametrize("extra, sizes", [(-1, [1024, 1023]), (0, [1024, 1024]), (1, [1024, 1024, 1])])
+def test_every_shard_but_the_last_is_full_and_none_is_empty(tmp_path, extra, sizes):
+    texts = ["x" * 999, "y" * (1047 + extra)]  # with the tokens that begin them, 2048 and `extra`
+    out = tokenize_texts(texts, tmp_path / "out", "--shard_tokens 1024 --name my-name")
+    shards = read_dataset(out)["shards"]
     assert list(shards) == [f"my-name_train_{i:06d}.bin" for i in range(1, len(sizes) + 1)]
     assert [shard["tokens"] for shard in shards.values()] == sizes
-    assert [shard["documents"] for shard in shards.values()] == [2, 0, 0][: len(sizes)]
-    assert read_documents(tmp_path / "out", "train") == texts
+    assert read_documents(out) == texts
 
 
 def test_dataset_json_holds_what_the_shards_hold(tmp_path):
-    texts = some_texts(200)
-    source, out = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out"
-    tokenize(source, "--out", out, "--shard_tokens", 5000, "--val_fraction", 0.3)
-    dataset = read_dataset(out)
-    assert (dataset["encoding"], dataset["vocab_size"], dataset["val_fraction"]) == ("bytes", 257, 0.3)
-    assert sorted([*dataset["shards"], "dataset.json"]) == sorted(contents(out))
-    assert {"text_val_000000.bin", "text_val_000001.bin", "text_train_000001.bin"} < set(dataset["shards"])
-    for name, shard in dataset["shards"].items():
-        data = (out / name).read_bytes()
-        tokens = np.frombuffer(data, "<u2")[512:]
-        counts = {"tokens": tokens.size, "bytes": (tokens < 256).sum(), "documents": (tokens == 256).sum()}
-        assert shard == {**counts, "sha256": hashlib.sha256(data).hexdigest()}
-    for split in ("train", "val"):
-        documents = read_documents(out, split)
-        size = sum(len(text.encode()) for text in documents)
-        assert dataset[split] == {"tokens": size + len(documents), "bytes": size, "documents": len(documents)}
+    def counts(tokens):
+        return {"tokens": tokens.size, "bytes": (tokens < 256).sum(), "documents": (tokens == 256).sum()}
+
+    out = tokenize_texts(some_texts(200), tmp_path / "out", "--shard_tokens 5000 --val_fraction 0.3")
+    shards = {}
+    for name, data in contents(out, "*.bin").items():
+        sha256 = hashlib.sha256(data).hexdigest()
+        shards[name] = counts(np.frombuffer(data, "<u2", offset=1024)) | {"sha256": sha256}
+    assert {"text_val_000000.bin", "text_val_000001.bin", "text_train_000001.bin"} < set(shards)
+    totals = {split: counts(read_tokens(out, split)) for split in ("train", "val")}
+    about = {"encoding": "bytes", "vocab_size": 257, "val_fraction": 0.3}
+    assert read_dataset(out) == about | totals | {"shards": shards}
 
 
 def test_max_tokens_keeps_exactly_the_first_tokens(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", some_texts(50))
-    tokenize(source, "--out", tmp_path / "all", "--val_fraction", 0)
-    tokenize(source, "--out", tmp_path / "part", "--val_fraction", 0, "--max_tokens", "1_234", workers=2)
-    expected = read_tokens(tmp_path / "all", "train")[:1234]
-    assert read_tokens(tmp_path / "part", "train").tolist() == expected.tolist()
+    every = tokenize_texts(some_texts(50), tmp_path / "all")
+    part = tokenize_texts(some_texts(50), tmp_path / "part", "--max_tokens 1_234 --workers 2")
+    assert read_tokens(part).tolist() == read_tokens(every)[:1234].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2473,29 +2436,21 @@ def test_max_tokens_keeps_exactly_the_first_tokens(tmp_path):
 
 def test_a_documents_split_depends_on_its_text_alone(tmp_path):
     texts = [f"document {number}" for number in range(400)]
-    for name, part in (("all", texts), ("reversed", texts[::-1]), ("half", texts[::2])):
-        tokenize(write_jsonl(tmp_path / "a.jsonl", part), "--out", tmp_path / name, "--val_fraction", 0.2)
-    val = read_documents(tmp_path / "all", "val")
+    part = texts[::-2]
+    val = read_documents(tokenize_texts(texts, tmp_path / "all", "--val_fraction 0.2"), "val")
+    val_of_part = read_documents(tokenize_texts(part, tmp_path / "part", "--val_fraction 0.2"), "val")
     assert 50 < len(val) < 110
-    assert read_documents(tmp_path / "reversed", "val") == val[::-1]
-    assert read_documents(tmp_path / "half", "val") == [text for text in val if text in texts[::2]]
+    assert val_of_part == [text for text in part if text in val]
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.95, 0.999999999])
 def test_two_documents_are_one_for_each_split_whatever_the_fraction(tmp_path, capsys, fraction):
     for texts in (["one", "two"], ["two", "one"]):
-        out = tmp_path / texts[0]
-        tokenize(write_jsonl(tmp_path / "a.jsonl", texts), "--out", out, "--val_fraction", fraction)
-        counts = [read_dataset(out)[split]["documents"] for split in ("train", "val")]
-        assert counts == [1, 1] and "left a split empty" in capsys.readouterr().out
-    assert read_documents(tmp_path / "one", "val") == read_documents(tmp_path / "two", "val")
-
-
-def test_a_single_document_is_refused_unless_no_validation_is_asked_for(tmp_path, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", ["alone"])
-    assert "--val_fraction 0" in refused(capsys, source, "--out", tmp_path / "out")
-    tokenize(source, "--out", tmp_path / "out", "--val_fraction", 0)
-    assert read_documents(tmp_path / "out", "train") == ["alone"]
+        out = tokenize_texts(texts, tmp_path / texts[0], f"--val_fraction {fraction}")
+        assert "left a split empty" in capsys.readouterr().out
+    for split in ("train", "val"):
+        [one] = read_documents(tmp_path / "one", split)
+        assert read_documents(tmp_path / "two", split) == [one]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2505,59 +2460,45 @@ def test_a_single_document_is_refused_unless_no_validation_is_asked_for(tmp_path
 def test_a_text_file_is_one_document_read_as_utf8(tmp_path, capsys):
     folder = tmp_path / "texts"
     (folder / ".git").mkdir(parents=True)
-    (folder / ".git" / "hidden.txt").write_text("hidden")
-    (folder / ".hidden").write_text("hidden")
-    (folder / "a.md").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")  # the byte order mark is no text
-    (folder / "b.bin").write_bytes(b"binary\0")
-    (folder / "c").write_bytes(b"caf\xe9")
-    (folder / "d.txt").write_bytes(b"")
-    tokenize(folder, "--out", tmp_path / "out", "--val_fraction", 0)
-    assert read_documents(tmp_path / "out", "train") == ["one\r\ntwo\n", "caf\ufffd", ""]
+    files = {".git/a.txt": b"hidden", ".hidden": b"hidden", "b.bin": b"binary\0", "d.txt": b""}
+    files |= {"a.md": b"\xef\xbb\xbfone\r\ntwo\n", "c": b"caf\xe9"}  # the byte order mark is no text
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    assert read_documents(tokenize(folder, tmp_path / "out")) == ["one\r\ntwo\n", "caf\ufffd", ""]
     assert "1 binary file" in capsys.readouterr().out
-
-
-def test_a_text_file_of_many_blocks_is_one_document(tmp_path):
-    text = "".join(some_texts(3000)).replace("\0", "")
-    assert len(text) > 2 * tokenize_text.PIECE_CHARS
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    (tmp_path / "b.txt").write_bytes(b"b")
-    tokenize(tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "file", "--val_fraction", 0.5)
-    source = write_jsonl(tmp_path / "a.jsonl", [text, "b"])
-    tokenize(source, "--out", tmp_path / "line", "--val_fraction", 0.5)
-    assert contents(tmp_path / "file") == contents(tmp_path / "line")
 
 
 def test_byte_order_mark_blank_lines_and_other_fields_of_jsonl_are_passed_over(tmp_path):
     lines = [b'\xef\xbb\xbf{"id": 1, "text": "a\\ud800"}', b"", b" \r", b'{"text": "\xc3\xa9"}']
     (tmp_path / "a.JSONL").write_bytes(b"\n".join(lines))
-    tokenize(tmp_path / "a.JSONL", "--out", tmp_path / "out", "--val_fraction", 0)
-    assert read_documents(tmp_path / "out", "train") == ["a?", "é"]  # UTF-8 has no lone surrogates
+    found = read_documents(tokenize(tmp_path / "a.JSONL", tmp_path / "out"))
+    assert found == ["a?", "é"]  # UTF-8 has no lone surrogates
 
 
 def test_the_standard_library_is_its_sources_without_tests_and_installed_packages():
     folder = Path(sysconfig.get_path("stdlib"))
     files = [path.relative_to(folder) for path in tokenize_text.input_files([], stdlib=True)]
-    assert Path("argparse.py") in files and Path("json/decoder.py") in files
-    assert all(path.suffix == ".py" for path in files)
+    assert {Path("argparse.py"), Path("json/decoder.py")} < set(files)
+    assert {path.suffix for path in files} == {".py"}
     assert not {part for path in files for part in path.parts} & {"test", "tests", "site-packages", "idlelib"}
 
 
 def test_the_standard_library_becomes_shards_and_the_next_command_is_shown(tmp_path):
-    command = [sys.executable, ROOT / "data" / "tokenize_text.py", "--stdlib", "--encoding", "bytes"]
-    command += ["--out", tmp_path / "a" / "b c", "--max_tokens", "2_000_000", "--workers", "2"]
+    out = tmp_path / "a" / "b c"
+    flags = "--stdlib --encoding bytes --max_tokens 2_000_000 --workers 2 --out"
+    command = [sys.executable, ROOT / "data" / "tokenize_text.py", *flags.split(), out]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (0, "")
-    assert f"--train_files '{tmp_path}/a/b c/text_train_*.bin'" in run.stdout
-    dataset = read_dataset(tmp_path / "a" / "b c")
+    assert f"--train_files '{out}/text_train_*.bin'" in run.stdout
+    dataset = read_dataset(out)
     assert dataset["train"]["tokens"] + dataset["val"]["tokens"] == 2_000_000
-    assert dataset["val"]["documents"] > 0
-    assert any("def " in text for text in read_documents(tmp_path / "a" / "b c", "train"))
+    assert any("def " in text for text in read_documents(out, "val"))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # data/tokenize_text.py: refusals
 
-LINES = {
+BAD_INPUTS = {
     "not_json.jsonl": b'{"text": "a"}\n\nnot JSON\n',
     "deep.jsonl": b"[" * 100_000,
     "latin1.jsonl": b'{"text": "\xff"}\n',
@@ -2575,6 +2516,7 @@ BAD_COMMANDS = {
     "nothing": "no documents",
     "only.bin": "no documents",
     "not_json.jsonl": "not_json.jsonl:3: not JSON",
+    "good.txt not_json.jsonl --workers 2": "not_json.jsonl:3: not JSON",
     "latin1.jsonl": "latin1.jsonl:1: not JSON",
     "deep.jsonl": "deep.jsonl:1: not JSON",
     "no_text.jsonl": "no_text.jsonl:1: no `text`",
@@ -2583,6 +2525,7 @@ BAD_COMMANDS = {
     "bad.parquet": "bad.parquet: ",
     "other.parquet": "no column `text`, but body",
     "null.parquet": "null.parquet: row 2: no `text`",
+    "good.txt --val_fraction 0.5": "give --val_fraction 0",
     "good.txt --val_fraction 1": "--val_fraction",
     "good.txt --val_fraction nan": "--val_fraction",
     "good.txt --val_fraction -0.1": "--val_fraction",
@@ -2601,343 +2544,297 @@ BAD_COMMANDS = {
 
 
 @pytest.fixture
-def bad_inputs(tmp_path, monkeypatch):
-    for name, data in LINES.items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "nothing").mkdir()
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs, in a folder of bad inputs, what must end in a line on standard error and leave all as it was."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    Path("nothing").mkdir()
+    for name, data in BAD_INPUTS.items():
+        Path(name).write_bytes(data)
+
+    def run(command, status=2):
+        before = contents(tmp_path, "**/*")
+        argv = f"--encoding bytes --workers 1 --val_fraction 0 --out new/out {command}".split()
+        with pytest.raises(SystemExit) as stop:
+            tokenize_text.main(argv)
+        output, line = capsys.readouterr()
+        assert (stop.value.code, output) == (status, "")
+        assert re.fullmatch("tokenize_text.py: .+\n", line)
+        assert contents(tmp_path, "**/*") == before
+        return line
+
+    return run
 
 
 @pytest.mark.parametrize("command", BAD_COMMANDS)
-def test_what_the_user_can_put_right_is_one_line_and_leaves_nothing(bad_inputs, capsys, command):
+def test_what_the_user_can_put_right_is_one_line_and_leaves_nothing(refused, command):
     if "parquet" in command:
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"body": ["a"]}), "other.parquet")
         parquet.write_table(pyarrow.table({"text": ["a", None]}), "null.parquet")
-    before = sorted(bad_inputs.rglob("*"))
-    encoding = command.partition(" --encoding ")[2] or "bytes"  # the last of two options wins
-    argv = ["--out", "new/out", *command.split()]
-    assert BAD_COMMANDS[command] in refused(capsys, *argv, encoding=encoding)
-    assert sorted(bad_inputs.rglob("*")) == before
+    assert BAD_COMMANDS[command] in refused(command)
 
 
-def test_an_error_in_a_worker_process_is_one_line_and_leaves_nothing(bad_inputs, capsys):
-    line = refused(capsys, "good.txt", "not_json.jsonl", "--out", "new/out", workers=2)
-    assert "not_json.jsonl:3: not JSON" in line and not Path("new").exists()
-
-
-def test_a_worker_that_dies_is_one_line_and_leaves_nothing(bad_inputs, capsys, monkeypatch):
+def test_a_worker_that_dies_is_one_line_and_leaves_nothing(refused, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("true"))
-    line = refused(capsys, "good.txt", "--out", "new/out", workers=2)
-    assert "fewer --workers" in line and not Path("new").exists()
+    assert "fewer --workers" in refused("good.txt --workers 2")
 
 
-def test_parquet_without_pyarrow_and_gpt2_without_network_name_the_remedy(bad_inputs, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in refused(capsys, "bad.parquet", "--out", "new/out")
-
+def test_parquet_without_pyarrow_and_gpt2_without_network_name_the_remedy(refused, monkeypatch):
     def no_network(name):
-        raise ConnectionError("a\nlong\nstory")
+        raise ConnectionError
 
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     tokenize_text.get_encoding.cache_clear()
-    line = refused(capsys, "good.txt", "--out", "new/out", encoding="gpt2")
-    assert "--encoding bytes" in line and "TIKTOKEN_CACHE_DIR" in line and not Path("new").exists()
+    assert "pip install pyarrow" in refused("bad.parquet")
+    assert "use --encoding bytes, or set TIKTOKEN_CACHE_DIR" in refused("good.txt --encoding gpt2")
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "text_train_000007.bin", "text_val_000000.bin"])
-def test_an_existing_file_is_never_overwritten(bad_inputs, capsys, name):
+def test_an_existing_file_is_never_overwritten(refused, name):
     Path("out").mkdir()
     Path("out", name).write_text("precious")
-    line = refused(capsys, "good.txt", "no_text.jsonl", "--out", "out")  # refused before the input is read
-    assert f"out/{name} exists" in line and "another --out" in line
-    assert contents(Path("out")) == {name: b"precious"}
+    line = refused("good.txt no_text.jsonl --out out")  # before the input is read
+    assert f"out/{name} exists: remove it, or choose another --out" in line
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(bad_inputs, capsys, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("call, fault, status, words", [
+    ("fsync", OSError(errno.ENOSPC, "Disk full"), 2, "out: Disk full"),
+    ("rename", KeyboardInterrupt(), 130, "interrupted")])
+def test_files_are_moved_into_place_all_or_none(refused, monkeypatch, call, fault, status, words):
+    real = getattr(os, call)
+    calls = []
+
+    def fail_at_dataset_json(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise fault
+        return real(*args)
 
     Path("out").mkdir()
     Path("out", "mine.txt").write_text("mine")
-    monkeypatch.setattr(os, "fsync", full)
-    line = refused(capsys, "good.txt", "--out", "out", "--val_fraction", 0)
-    assert "out: No space left on device" in line and contents(Path("out")) == {"mine.txt": b"mine"}
-
-
-def test_files_are_moved_into_place_all_or_none(bad_inputs, capsys, monkeypatch):
-    def rename(source, target, rename=os.rename):
-        if Path(target).name == "dataset.json":
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", rename)
-    line = refused(capsys, "good.txt", "--out", "new/out", "--val_fraction", 0, status=130)
-    assert "interrupted" in line and not Path("new").exists()
+    monkeypatch.setattr(os, call, fail_at_dataset_json)
+    assert words in refused("good.txt --out out", status)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(bad_inputs, number):
-    Path("big.txt").write_text("word " * 200_000)
+def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(tmp_path, number):
+    (tmp_path / "big.txt").write_text("word " * 200_000)
     command = [sys.executable, ROOT / "data" / "tokenize_text.py", *["big.txt"] * 2000]
-    command += ["--encoding", "bytes", "--out", "new/out", "--workers", "2"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    command += "--encoding bytes --workers 2 --out new/out".split()
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
                            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # (`&` ignores SIGINT)
-    while not list(Path().glob("new/out/.tokenize_*/*.bin")):
+    while not list(tmp_path.glob("new/out/.tokenize_*/*.bin")):
         assert run.poll() is None
         time.sleep(0.01)
     os.killpg(run.pid, number)  # as a terminal does
     _, errors = run.communicate(timeout=30)
     assert (run.returncode, errors) == (130, "tokenize_text.py: interrupted, nothing was written\n")
-    assert not Path("new").exists()
+    assert not (tmp_path / "new").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
 # data/fineweb.py
 
-FINEWEB = Path(__file__).parent / "data" / "fineweb.py"
+FINEWEB = ROOT / "data" / "fineweb.py"
 REPO, COMMIT = "kjj0/fineweb10B-gpt2", "c0ffee" + 34 * "0"
 VAL, TRAIN1, TRAIN2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
 
 
-def make_shard(tokens, magic=20240520, version=1, claims=None):
-    header = struct.pack("<256i", magic, version, tokens if claims is None else claims, *253 * [0])
-    return header + bytes(i % 251 for i in range(2 * tokens))
-
-
-def make_shards(prefix="fineweb", train=3):
-    shards = {f"{prefix}_train_{i:06d}.bin": make_shard(1000 + i) for i in range(1, train + 1)}
-    return {f"{prefix}_val_000000.bin": make_shard(500)} | shards
+def make_shard(tokens, magic=20240520, claims=None):
+    return struct.pack("<256i", magic, 1, claims or tokens, *253 * [0]) + os.urandom(2 * tokens)
 
 
 class HubRequest(BaseHTTPRequestHandler):
     """What the hub's client asks for: a repo's files, then HEAD and GET (with Range) of each."""
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        hub, name = self.server, self.path.rsplit("/", 1)[-1]
-        hub.requests.append((self.command, name, self.headers["Range"]))
+        hub = self.server
+        name = self.path.rsplit("/", 1)[-1]
+        wanted = self.headers.get("Range", "bytes=0-")
+        hub.requests.append((self.command, name, wanted))
         if hub.says:
-            self.send(*hub.says)
+            self.answer(*hub.says)
         elif self.path.startswith(f"/api/datasets/{hub.repo}?"):
             files = [{"rfilename": name, "size": len(data)} for name, data in hub.files.items()]
-            self.send(200, json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": files}).encode())
-        elif self.path == f"/datasets/{hub.repo}/resolve/{COMMIT}/{name}" and name in hub.files:
-            self.send_file(name)
+            self.answer(200, json.dumps({"id": hub.repo, "sha": COMMIT, "siblings": files}).encode())
         else:
-            self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            assert self.path == f"/datasets/{hub.repo}/resolve/{COMMIT}/{name}"
+            self.answer_file(name, int(wanted[len("bytes=") : -1]))
 
     do_HEAD = do_GET
 
-    def send_file(self, name):
-        data, start = self.server.files[name], int((self.headers["Range"] or "bytes=0-")[len("bytes="):-1])
-        headers = {"ETag": f'"{name}"', "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.send(206 if start else 200, data[start:], headers)
-        if self.command == "GET" and name in self.server.then:
-            self.server.files[name] = self.server.then.pop(name)
+    def answer_file(self, name, start):
+        data = self.server.files[name]
+        rest = data[start:]
+        headers = {"ETag": name, "Content-Length": len(rest),
+                   "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        body = self.server.once.pop(name, rest) if self.command == "GET" else b""
+        self.answer(206 if start else 200, body, headers)
+        if self.command == "GET" and len(body) < len(rest):
+            self.server.cut()
 
-    def send(self, status, body, headers={}):
+    def answer(self, status, body, headers={}):
         self.send_response(status)
         for key, value in {"X-Repo-Commit": COMMIT, "Content-Length": len(body), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        cut = self.server.cuts.pop(self.path.rsplit("/", 1)[-1], None) if self.command == "GET" else None
-        self.wfile.write(b"" if self.command == "HEAD" else body[:cut])
-        if cut:  # the connection stays silent while hub.go is not set, and ends
-            self.server.cut.set()
-            self.server.go.wait(20)
-            self.close_connection = True
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def hub():
-    """A hub with one repo. cuts: where a file's next answer ends early; then: what replaces a file when
-    it was sent; says: the one answer to everything."""
+def hub(tmp_path, monkeypatch):
+    """A hub with one repo. once: what a file's next GET gives instead; cut: what happens when that is too
+    short; says: the one answer to everything."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubRequest)
-    server.repo, server.files, server.requests = REPO, make_shards(), []
-    server.cuts, server.then, server.says = {}, {}, None
-    server.cut, server.go = threading.Event(), threading.Event()
-    server.go.set()
-    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.repo, server.requests, server.once, server.says = REPO, [], {}, None
+    server.cut = lambda: None
+    server.files = {VAL: make_shard(500), TRAIN1: make_shard(1001), TRAIN2: make_shard(1002)}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HOME", "home")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("NO_PROXY", "*")
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
-    server.go.set()
     server.shutdown()
     server.server_close()
 
 
-def fineweb_module():
-    spec = importlib.util.spec_from_file_location("fineweb", FINEWEB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_fineweb(flags, status=0, script=FINEWEB):
+    """Its standard output or, where it must fail, its line on standard error."""
+    run = subprocess.run([sys.executable, script, *flags.split()], capture_output=True, text=True, timeout=60)
+    assert run.returncode == status, run
+    assert re.fullmatch("fineweb.py: .+\n" if status else "", run.stderr), run
+    return run.stderr or run.stdout
 
 
-def fineweb_command(tmp_path, url, *args, script=FINEWEB):
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TQDM_"))}
-    env |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-    return dict(args=[sys.executable, str(script), *map(str, args)], env=env, cwd=tmp_path)
+def test_fineweb_fetches_the_validation_shard_and_the_first_n_next_to_the_script(hub):
+    Path("data").mkdir()
+    output = run_fineweb("1", script=shutil.copy(FINEWEB, "data"))
+    assert f"{TRAIN1}: 1,001 tokens\n" in output
+    assert output.endswith("fineweb10B: 2 shards, 1,501 tokens\n")
+    folder = Path("data/fineweb10B")
+    assert contents(folder, "*.bin") == {name: hub.files[name] for name in (VAL, TRAIN1)}
+    assert read_dataset(folder) == {"encoding": "gpt2", "vocab_size": 50257, "source": REPO,
+                                    "shards": {TRAIN1: {"tokens": 1001}, VAL: {"tokens": 500}}}
 
 
-def fineweb(tmp_path, url, *args, **options):
-    command = fineweb_command(tmp_path, url, *args, **options)
-    return subprocess.run(**command, capture_output=True, text=True, timeout=60)
-
-
-def assert_one_line(run, *words):
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and run.stderr.startswith("fineweb.py: "), run
-    assert all(word in run.stderr for word in words), run.stderr
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
-
-
-def closed_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
-def test_fineweb_fetches_the_validation_shard_and_the_first_n_next_to_the_script(hub, tmp_path):
-    script = Path(shutil.copy(FINEWEB, (tmp_path / "data").mkdir() or tmp_path / "data"))
-    run = fineweb(tmp_path, hub.url, 2, script=script)
-    assert run.returncode == 0 and not run.stderr, run.stderr
-    assert f"{TRAIN2}: 1,002 tokens\n" in run.stdout
-    assert run.stdout.endswith("fineweb10B: 3 shards, 2,503 tokens\n")
-    folder = tmp_path / "data" / "fineweb10B"
-    assert files_of(folder) == {name: hub.files[name] for name in (VAL, TRAIN1, TRAIN2)}
-    assert json.loads((folder / "dataset.json").read_text()) == {
-        "encoding": "gpt2", "vocab_size": 50257, "source": REPO,
-        "shards": {TRAIN1: {"tokens": 1001}, TRAIN2: {"tokens": 1002}, VAL: {"tokens": 500}}}
-
-
-def test_fineweb_asks_nothing_of_the_hub_for_shards_that_are_whole(hub, tmp_path):
-    assert fineweb(tmp_path, hub.url, 1, "--out", "d").returncode == 0
+def test_fineweb_asks_nothing_of_the_hub_for_shards_that_are_whole(hub):
+    run_fineweb("0 --out d")
+    assert set(contents("d")) == {VAL, "dataset.json"}
     hub.requests.clear()
-    assert fineweb(tmp_path, hub.url, 1, "--out", "d").returncode == 0 and not hub.requests
-    assert fineweb(tmp_path, hub.url, 2, "--out", "d").returncode == 0
-    assert {name for _, name, _ in hub.requests if name.endswith(".bin")} == {TRAIN2}
+    run_fineweb("0 --out d")
+    assert not hub.requests
+    run_fineweb("1 --out d")
+    assert set(contents("d", "*.bin")) == {VAL, TRAIN1}
+    assert not any(VAL in request for request in hub.requests)
 
 
-def test_fineweb_with_n_0_fetches_the_validation_shard_alone(hub, tmp_path):
-    assert fineweb(tmp_path, hub.url, 0, "--out", "d").returncode == 0
-    assert set(files_of(tmp_path / "d")) == {VAL}
-
-
-def test_fineweb_continues_a_shard_where_the_connection_dropped(hub, tmp_path):
+def test_fineweb_continues_a_shard_where_the_connection_dropped(hub):
     hub.files[VAL] = make_shard(6_000_000)  # the hub's client reads 10 MiB at a time
-    hub.cuts = {VAL: 11 << 20}
-    run = fineweb(tmp_path, hub.url, 0, "--out", "d")
-    assert run.returncode == 0 and not run.stderr, run.stderr
-    assert files_of(tmp_path / "d") == {VAL: hub.files[VAL]}
+    hub.once = {VAL: hub.files[VAL][: 11 << 20]}
+    run_fineweb("0 --out d")
+    assert contents("d", "*.bin") == {VAL: hub.files[VAL]}
     assert ("GET", VAL, f"bytes={10 << 20}-") in hub.requests
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_fineweb_killed_midway_leaves_no_partial_shard_and_the_next_run_finishes(hub, tmp_path, end):
-    hub.go.clear()
-    hub.cuts = {TRAIN1: 1500}
-    process = subprocess.Popen(**fineweb_command(tmp_path, hub.url, 1, "--out", "d"), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    assert process.stdout.readline() == f"{VAL}: 500 tokens\n".encode() and hub.cut.wait(20)
-    process.send_signal(end)
-    assert process.communicate(timeout=5) == (b"", b"") and process.returncode == -end
-    assert {path.name for path in (tmp_path / "d").iterdir()} == {VAL, ".incoming"}
+def test_fineweb_killed_midway_leaves_no_partial_shard_and_the_next_run_finishes(hub, end):
+    command = [sys.executable, FINEWEB, *"1 --out d --workers 1".split()]
+    hub.once = {TRAIN1: hub.files[TRAIN1][:1500]}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    hub.cut = lambda: process.send_signal(end)
+    assert process.communicate(timeout=20)[1] == b"" and process.returncode == -end
+    assert set(contents("d")) == {VAL, ".incoming"}
     hub.requests.clear()
-    assert fineweb(tmp_path, hub.url, 1, "--out", "d").returncode == 0
-    assert files_of(tmp_path / "d") == {name: hub.files[name] for name in (VAL, TRAIN1)}
-    assert VAL not in {name for _, name, _ in hub.requests}
+    run_fineweb("1 --out d")
+    assert contents("d", "*.bin") == {name: hub.files[name] for name in (VAL, TRAIN1)}
+    assert not any(VAL in request for request in hub.requests)
 
 
 @pytest.mark.parametrize("wrong", [make_shard(900, claims=1001), make_shard(1001, magic=20240521), b"<html>"])
-def test_fineweb_removes_and_reports_a_file_that_is_no_whole_shard_after_one_more_try(hub, tmp_path, wrong):
+def test_fineweb_removes_and_reports_a_file_that_is_no_whole_shard_after_one_more_try(hub, wrong):
     hub.files[TRAIN1] = wrong
-    assert_one_line(fineweb(tmp_path, hub.url, 2, "--out", "d"), TRAIN1, "twice")
-    assert set(files_of(tmp_path / "d")) <= {VAL, TRAIN2}
-    assert [(command, name) for command, name, _ in hub.requests].count(("GET", TRAIN1)) == 2
+    line = run_fineweb("2 --out d", status=2)
+    assert TRAIN1 in line and "twice" in line
+    assert set(contents("d")) <= {VAL, TRAIN2}
+    assert [request[:2] for request in hub.requests].count(("GET", TRAIN1)) == 2
 
 
-def test_fineweb_replaces_wrong_shards_whether_they_came_now_or_were_there(hub, tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / VAL).write_bytes(hub.files[VAL][:-2])
-    hub.then = {VAL: hub.files[VAL]}
-    hub.files[VAL] = make_shard(500, claims=501)
-    run = fineweb(tmp_path, hub.url, 0, "--out", "d")
-    assert run.returncode == 0 and f"{VAL} has 2,022 bytes where its header says 2,024: fetch" in run.stdout
-    assert files_of(tmp_path / "d") == {VAL: hub.files[VAL]}
+def test_fineweb_replaces_wrong_shards_whether_they_came_now_or_were_there(hub):
+    Path("d").mkdir()
+    Path("d", VAL).write_bytes(hub.files[VAL][:-2])
+    hub.once = {VAL: make_shard(500, claims=501)}
+    assert f"{VAL} has 2,022 bytes where its header says 2,024: fetch" in run_fineweb("0 --out d")
+    assert contents("d", "*.bin") == {VAL: hub.files[VAL]}
 
 
-def test_fineweb_without_network_says_so_at_once_and_leaves_nothing(tmp_path):
+def test_fineweb_without_network_says_so_at_once_and_leaves_nothing(hub):
+    hub.shutdown()
+    hub.server_close()
     start = time.monotonic()
-    run = fineweb(tmp_path, closed_port(), 1, "--out", "d")
-    assert_one_line(run, "cannot reach http://127.0.0.1", "check the network")
-    assert time.monotonic() - start < 10 and not (tmp_path / "d").exists()
+    line = run_fineweb("1 --out d", status=2)
+    assert "cannot reach http://127.0.0.1" in line and "check the network" in line
+    assert time.monotonic() - start < 10 and not Path("d").exists()
 
 
-@pytest.mark.parametrize("says, words", [
-    ((500, b""), "answered 500"), ((200, b"<html>"), "cannot reach"),
-    ((404, b"", {"X-Error-Code": "RepoNotFound"}), f"has no dataset {REPO}")])
-def test_fineweb_reports_a_hub_that_does_not_answer_as_it_should(hub, tmp_path, says, words):
+@pytest.mark.parametrize("flags, says, words", [
+    ("", (500, b""), "answered 500"),
+    ("", (200, b"<html>"), "cannot reach"),
+    ("", (404, b"", {"X-Error-Code": "RepoNotFound"}), f"has no dataset {REPO}"),
+    ("3", None, f"{REPO} has no file fineweb_train_000003.bin"),
+    ("104", None, "N is 104, but must be 0 to 103"),
+    ("-1", None, "0 to 103"),
+    ("x", None, "argument N"),
+    ("--workers 0", None, "argument --workers"),
+    ("--dataset fineweb", None, "OWNER/NAME-gpt2"),
+    ("--dataset me/../x-gpt2", None, "OWNER/NAME-gpt2"),
+    ("--dataset ../x-gpt2", None, "Repo id")])
+def test_fineweb_says_in_one_line_what_is_wrong_and_leaves_nothing(hub, flags, says, words):
     hub.says = says
-    assert_one_line(fineweb(tmp_path, hub.url, "--out", "d"), words)
-    assert not (tmp_path / "d").exists()
+    assert words in run_fineweb(f"{flags} --out d", status=2)
+    assert not Path("d").exists()
 
 
-def test_fineweb_names_the_file_that_the_repo_lacks(hub, tmp_path):
-    assert_one_line(fineweb(tmp_path, hub.url, 4, "--out", "d"), REPO, "has no file fineweb_train_000004.bin")
-    assert not (tmp_path / "d").exists()
+def test_fineweb_counts_the_shards_of_a_repo_it_does_not_know(hub):
+    hub.repo = "me/slim-pajama6B-gpt2"
+    shards = {name.replace("fineweb", "slim-pajama"): data for name, data in hub.files.items()}
+    hub.files = shards | {"README.md": b"#"}
+    run_fineweb(f"--dataset {hub.repo} --out d")
+    assert contents("d", "slim*") == shards
 
 
-@pytest.mark.parametrize("args, words", [(["104"], "N is 104, but must be 0 to 103"), (["-1"], "0 to 103"),
-                                         (["x"], "argument N"), (["--workers", "0"], "argument --workers"),
-                                         (["--dataset", "fineweb"], "OWNER/NAME-gpt2"),
-                                         (["--dataset", "me/../x-gpt2"], "OWNER/NAME-gpt2"),
-                                         (["--dataset", "../x-gpt2"], "Repo id")])
-def test_fineweb_refuses_arguments_that_make_no_sense_in_one_line(tmp_path, capsys, args, words):
-    assert fineweb_module().main([*args, "--out", str(tmp_path / "d")]) == 2
-    err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1 and not (tmp_path / "d").exists()
+def test_fineweb_does_not_write_into_the_folder_of_another_dataset(hub):
+    Path("d").mkdir()
+    Path("d", "dataset.json").write_text('{"encoding": "bytes", "vocab_size": 256}')
+    before = contents("d")
+    assert "dataset.json does not describe" in run_fineweb("0 --out d", status=2)
+    assert contents("d") == before and not hub.requests
 
 
-def test_fineweb_counts_the_shards_of_a_repo_it_does_not_know(hub, tmp_path):
-    hub.repo, hub.files = "me/slim-pajama6B-gpt2", make_shards("slim-pajama", train=2) | {"README.md": b"#"}
-    assert fineweb(tmp_path, hub.url, "--dataset", hub.repo, "--out", "d").returncode == 0
-    assert files_of(tmp_path / "d") == {name: data for name, data in hub.files.items() if name != "README.md"}
-
-
-def test_fineweb_does_not_write_into_the_folder_of_another_dataset(hub, tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "dataset.json").write_text('{"encoding": "bytes", "vocab_size": 256}')
-    assert_one_line(fineweb(tmp_path, hub.url, 0, "--out", "d"), "dataset.json", "--out")
-    assert not hub.requests and not files_of(tmp_path / "d")
-
-
-def test_fineweb_shows_its_progress_as_a_bar_on_a_terminal(hub, tmp_path):
+def test_fineweb_shows_its_progress_as_a_bar_on_a_terminal(hub):
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = fineweb_command(tmp_path, hub.url, 1, "--out", "d")
-    run = subprocess.run(**command, stdout=subprocess.PIPE, stderr=stderr, timeout=60)
+    command = [sys.executable, FINEWEB, *"1 --out d".split()]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, timeout=60)
     os.close(stderr)
     assert run.returncode == 0 and run.stdout.count(b"\n") == 1  # the summary
     assert b"100%|" in os.read(terminal, 1 << 16)
     os.close(terminal)
 
 
-def test_fineweb_imports_without_side_effects_and_knows_the_layouts():
-    module = fineweb_module()
+def test_fineweb_knows_the_layouts():
+    module = importlib.import_module("fineweb")
     assert [module.layout(repo) for repo in module.TRAIN_SHARDS] == [
         ("fineweb10B", "fineweb"), ("fineweb100B", "fineweb"), ("finewebedu10B", "finewebedu")]
-    val, *train = module.shard_names("kjj0/finewebedu10B-gpt2", "finewebedu", None)
-    assert val == "finewebedu_val_000000.bin" and len(train) == 99
-    assert (train[0], train[-1]) == ("finewebedu_train_000001.bin", "finewebedu_train_000099.bin")
+    names = module.shard_names("kjj0/finewebedu10B-gpt2", "finewebedu", None)
+    train = [f"finewebedu_train_{i:06d}.bin" for i in range(1, 100)]
+    assert names == ["finewebedu_val_000000.bin", *train]
 
 
 # ----------------------------------------------------------------------------------------------------------
