@@ -214,7 +214,7 @@ SIZES, MODEL_FIELDS = names_of("size"), names_of("size", "model")
 COEFFICIENTS = ["mean_coef_init", "var_coef_init", "coef_update"]  # which belong to their control
 
 PRESETS = {
-    "gated": {},
+    "gated": dict(router_width=64, coef_update=0.03),  # (Table 2 has 768 and 0.001: README, Width)
     "dense": dict(control="dense"),
     "demo": dict(
         dim=64, n_layers=8, n_heads=2, vocab_size=257, max_seq_len=256, encoding="bytes",
@@ -284,10 +284,10 @@ def choose_device(cfg):
     """This process's device. Raises UserError where there is none, or one that cannot train this model."""
     if given(cfg.device, "cuda" if torch.cuda.is_available() else "cpu") == "cpu":
         return torch.device("cpu")
-    local, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local >= gpus:
-        raise RankError(f"--device cuda: this machine has {gpus} GPUs, process {local} has none; use "
-                        "--device cpu or fewer processes (NPROC)")
+    local = int(environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise RankError(f"--device cuda: this machine has {torch.cuda.device_count()} GPUs, process {local} "
+                        "has none; use --device cpu or fewer processes (NPROC)")
     return torch.device("cuda", local)
 
 
@@ -1077,7 +1077,7 @@ class Record:
         self.cfg, self.rt, self.folder, self.artist = cfg, rt, None, None
         self.shut_steps = 0  # in which a level was closed to nearly all tokens, against its target
         self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
-                        disable=None if rt.main else True,  # (None: where nobody watches)
+                        disable=not rt.main or None,  # (None: where nobody watches)
                         bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
         if not rt.main:
             return
@@ -1129,7 +1129,7 @@ class Record:
         self.shut_steps = self.shut_steps + 1 if shut and cfg.rule.targets else 0
         if self.shut_steps == 50:
             self.say(f"WARNING: levels {shut} are closed to over 99% of the tokens, for 50 steps now, "
-                     "against their targets: try --router_width 64")
+                     "against their targets: try --router_width 64 --coef_update 0.03")
         self.bar.set_postfix_str(
             f"loss {event['cross_entropy']:.3f}, sparsity {fmean(zeros):.2f}, {speed}", False)
         self.bar.update()
@@ -1484,7 +1484,7 @@ def run(trainer, record):
             event = rounded({"step": step, **evaluate(trainer.model, cfg, trainer.rt, trainer.shards["val"])})
             check_finite(step, validation=event["cross_entropy"])
             reached = event["cross_entropy"] <= given(cfg.target_loss, -math.inf)
-            if reached and step:
+            if reached:
                 trainer.save(step, record)
             record.validation(event)
             if last or reached:
