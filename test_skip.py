@@ -2338,7 +2338,7 @@ def test_the_tokens_of_a_text_are_its_bytes_and_none_begins_a_document(encoding)
     to_bytes = encoding.decode_single_token_bytes
     begin = to_bytes(encoding.eot_token)
     assert begin in (b"<|endoftext|>", b"<s>")
-    for text in ["", f"{begin.decode()}a<unk>", *some_texts(20)]:
+    for text in ["", f"{begin.decode()}a<unk>", "".join(map(chr, range(2048))), *some_texts(20)]:
         tokens = encoding.encode_ordinary(text)
         assert b"".join(map(to_bytes, tokens)) == text.encode()
         assert encoding.eot_token not in tokens
@@ -2381,7 +2381,8 @@ def test_shards_are_the_same_for_any_number_of_workers_and_any_kind_of_input(tmp
     texts = [text.replace("\0", "-") for text in texts]  # a file with NUL would be skipped
     flags = "--shard_tokens 10_000 --val_fraction 0.1"
     expected = contents(tokenize_texts(texts, tmp_path / "lines", flags))
-    parquet.write_table(pyarrow.table({"id": range(301), "text": texts}), tmp_path / "a.parquet", row_group_size=70)
+    table = pyarrow.table({"id": range(301), "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
     for number, text in enumerate(texts):
         path = tmp_path / "texts" / f"{number // 100}" / f"{number:03d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
