@@ -89,7 +89,8 @@ class TokenizerFile:
             self.tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # tokenizers raises nothing else
             raise InputError(f"--encoding {path} cannot be read as a tokenizer.json ({error})") from None
-        self.name, self.n_vocab = path, self.tokenizer.get_vocab_size()
+        self.name = path
+        self.n_vocab = 1 + max(self.tokenizer.get_vocab().values())  # (ids may have gaps)
         begin = self.tokenizer.encode("").ids + list(map(self.tokenizer.token_to_id, self.BEGIN))
         self.eot_token = next((token for token in begin if token is not None), None)
         if self.eot_token is None:
