@@ -37,20 +37,24 @@ class RecordError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def error(self, message):
         raise RecordError(f"{message} (see --help)")
 
 
-def exit_status(run) -> int:
-    """What run() returns; or, where it fails by what a user can mend, 2, and one line that says what."""
-    try:
-        return run()
-    except (RecordError, OSError) as e:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+def command(run, doc: str, arguments: dict):
+    """A tool's main(argv), which returns the exit status: what run(args) returns; or, where it fails by what a
+    user can mend, 2, and one line says what."""
+    def main(argv: list[str] | None = None) -> int:
+        parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name, how in arguments.items():
+            parser.add_argument(name, **how)
+        try:
+            return run(parser.parse_args(argv))
+        except (RecordError, OSError) as e:
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+            return 2
+
+    return main
 
 
 class Row(NamedTuple):
@@ -74,8 +78,16 @@ def rows_of(track: dict) -> dict[str, Row]:
 
 def block_weights(c: dict) -> int:
     """Of the matrices of one block."""
-    d, head_dim = c["dim"], c["dim"] // c["n_heads"]
-    return d * (2 * d + 2 * c["n_kv_heads"] * head_dim + 3 * int(c["ffn_dim_multiplier"] * d))
+    d, kv_dim = c["dim"], c["n_kv_heads"] * (c["dim"] // c["n_heads"])
+    return d * (2 * d + 2 * kv_dim + 3 * round(c["ffn_dim_multiplier"] * d))
+
+
+def parameters(c: dict) -> int:
+    """Of the whole model: blocks, embeddings and head, routers, norms."""
+    d, L, norms = c["dim"], c["n_layers"], 4 if c["norm"] == "sandwich" else 2
+    around = 1 if c["norm"] == "llama" else 2
+    return (L * block_weights(c) + 2 * d * c["vocab_size"] + n_routers(c) * (d + 1)
+            + (norms * L + around) * d)
 
 
 def n_routers(c: dict) -> int:
