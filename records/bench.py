@@ -66,7 +66,6 @@ class Bench:
         self.prompts = dict(enumerate(self.x.tolist()))
         weights = [p.detach().to(rt.dtype) for p in self.model.layers[0].parameters() if p.ndim == 2]
         self.products = [(w.new_ones(self.x.numel(), w.shape[1]), w.t()) for w in weights]
-        self.product_flops = 2 * self.x.numel() * sum(w.numel() for w in weights)
         self.product_seconds = []
 
     def gates(self, h, S, l, layout):
@@ -135,10 +134,10 @@ def in_turn(bench, rounds, variants, prepare):
     seconds = {v: [] for v in variants}
     for _ in range(rounds + 1):
         bench.product_seconds.append(clock(bench.rt, lambda: [x @ w for x, w in bench.products]))
-        for v, measured in seconds.items():
+        for v in variants:
             bench.use(*v)
-            measured.append(clock(bench.rt, prepare(*v)))
-    return {v: median(measured[1:]) for v, measured in seconds.items()}  # (the first warms up)
+            seconds[v].append(clock(bench.rt, prepare(*v)))
+    return {v: median(seconds[v][1:]) for v in variants}  # (the first warms up)
 
 
 def measure_batches(bench, mode, rounds):
@@ -218,53 +217,34 @@ def host_waits(bench):
     return sum(e.count for e in waits), 1e-6 * sum(e.self_cpu_time_total for e in waits)
 
 
-# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, score_mod) is FlexAttention of (n, heads,
-# head_dim). The results are the same; what they cost, and what bfloat16 leaves of ln g, is not.
-
-def carry_bias(attend, q, k, v, ln_g):
-    """A captured tensor; its gradient is summed by atomic adds."""
-    return attend(q, k, v, lambda score, b, h, i, j: score + ln_g[j])
-
-
-def carry_key_columns(attend, q, k, v, ln_g):
-    """Further columns of q and k: the script's own."""
-    return attend(*tgs.carried(q, k, ln_g), v)
-
-
-def carry_value_column(attend, q, k, v, ln_g):
-    """Values [g v, g] under ungated weights, and the quotient."""
-    g = ln_g.exp().to(v.dtype)[:, None, None]
-    y = attend(q, k, torch.cat((g * v, g.expand(-1, v.shape[1], 16)), -1))
-    return y[..., :-16] / y[..., -16:-15]
+def attend_captured(q, k, v, ln_g, layout):
+    """As the script's attend_flex, with ln g as a captured tensor, whose gradient is summed by atomic adds."""
+    start, *tables = layout.tables
+    mask = tgs.BlockMask((len(q),) * 2, *tables, BLOCK_SIZE=(tgs.ROWS, tgs.ROWS),
+                         mask_mod=lambda b, h, i, j: (i >= j) & (j >= start[i]))
+    heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = tgs.compiled(tgs.flex_attention)(
+        *heads_first, lambda score, b, h, i, j: score + ln_g[j], mask,
+        kernel_options=tgs.flex_options(q.shape[-1], q.dtype))
+    return out[0].transpose(0, 1)
 
 
 def carriers(bench):
     """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip, by what carries
     ln g."""
-    cfg, device = bench.cfg, bench.rt.device
-    n = tgs.padded_rows(bench.x.numel() // 2, True)
-    start, *tables = tgs.mask_tables(torch.arange(n, device=device) // (cfg.max_seq_len // 2))
-    mask = tgs.BlockMask((n, n), *tables, BLOCK_SIZE=(tgs.ROWS, tgs.ROWS),
-                         mask_mod=lambda b, h, i, j: (i >= j) & (j >= start[i]))
-    torch._dynamo.reset()  # the model's graphs count towards the same limit; beyond it Flex would run eagerly
-    flex = torch.compile(tgs.flex_attention, dynamic=True)
-
-    def attend(q, k, v, score_mod=None):
-        heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
-        options = tgs.flex_options(q.shape[-1], q.dtype)
-        y = flex(*heads_first, score_mod, mask, cfg.head_dim**-0.5, kernel_options=options)
-        return y[0].transpose(0, 1)
-
-    q, k, v = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=device, dtype=bench.rt.dtype,
+    cfg, n = bench.cfg, tgs.padded_rows(bench.x.numel() // 2, True)
+    q, k, v = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=bench.rt.device, dtype=bench.rt.dtype,
                           requires_grad=True)
-    ln_g = torch.rand(n, device=device).clamp(min=tgs.EPSILON).log().requires_grad_()
+    ln_g = torch.rand(n, device=q.device).clamp(min=tgs.EPSILON).log().requires_grad_()
+    seq = torch.arange(n, device=q.device) // (cfg.max_seq_len // 2)
+    layout = tgs.make_layout(seq, q, q, int(seq[-1]) + 1, True)  # (the angles' number alone matters)
+    torch._dynamo.reset()  # the model's graphs count towards the same limit; beyond it Flex would run eagerly
     seconds = {}
-    for carry in carry_bias, carry_key_columns, carry_value_column:
+    for attend in tgs.attend_flex, attend_captured:
         def run():
-            carry(attend, q, k, v, ln_g).float().square().mean().backward()
+            attend(q, k, v, ln_g, layout).float().square().mean().backward()
 
-        measured = [clock(bench.rt, run) for _ in range(8)]
-        seconds[carry.__name__] = median(measured[3:])  # (the first compile and warm up)
+        seconds[attend.__name__] = median([clock(bench.rt, run) for _ in range(8)][3:])  # (first it compiles)
     return seconds
 
 
@@ -312,7 +292,8 @@ def run(args, explicit):
                 rows += measure_decoding(bench, batch, args.rounds)
         else:
             rows += measure_batches(bench, mode, args.rounds)
-    rate = bench.product_flops / median(bench.product_seconds)
+    flops = sum(2 * len(x) * w.numel() for x, w in bench.products)
+    rate = flops / median(bench.product_seconds)
     compare(rows, rate)
     env = tgs.environment(bench.rt, {})
     content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg), "env": env,

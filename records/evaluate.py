@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 import tool
-from show import bars, estimated_flops
+from show import bars
 from tool import UserError, encode, get_encoding, tgs
 
 OPTIONS = tool.SOURCE | {
     "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
-    "text": dict(nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
-    "hellaswag": dict(help="score a file like hellaswag_val.jsonl instead"),
+    "text": dict(type=Path, nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
+    "hellaswag": dict(type=Path, help="score a file like hellaswag_val.jsonl instead"),
 }
 FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
@@ -35,24 +35,20 @@ def token_losses(model, rt, rows: list[list[int]]):
     of tensors, and the summed statistics of `span`. Rows of different lengths are packed together."""
     losses, stats, B = [], 0, model.cfg.device_batch_size
     for batch in (rows[i:i + B] for i in range(0, len(rows), B)):
-        lengths = torch.tensor([len(row) - 1 for row in batch])
-        seq = torch.arange(len(batch)).repeat_interleave(lengths)
-        pos = torch.arange(len(seq)) - (lengths.cumsum(0) - lengths)[seq]
-        inputs = torch.tensor([t for row in batch for t in row[:-1]])
-        targets = torch.tensor([t for row in batch for t in row[1:]])
-        inputs, targets, seq, pos = (t.to(rt.device) for t in (inputs, targets, seq, pos))
+        packed = [(t, seq, pos) for seq, row in enumerate(batch) for pos, t in enumerate(row[:-1])]
+        inputs, seq, pos = torch.tensor(packed, device=rt.device).T.contiguous()
         with rt.autocast():
             h, levels = model.hidden(inputs, seq, pos, len(batch))
-            ce = [F.cross_entropy(model.output(x).float(), y, reduction="none")
-                  for x, y in zip(h.split(1024), targets.split(1024))]
-        losses += torch.cat(ce).split(lengths.tolist())
+            for x, row in zip(h.split([len(row) - 1 for row in batch]), batch):
+                target = torch.tensor(row[1:], device=rt.device)
+                losses.append(F.cross_entropy(model.output(x).float(), target, reduction="none"))
         stats += torch.stack([tgs.gate_sums(g, layout) for g, layout, _ in levels]).cpu()
     return losses, stats
 
 
 def evaluate_text(model, rt, path):
     """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
-    cfg, text = model.cfg, read_text(path)
+    cfg, text = model.cfg, path.read_text("utf-8", "replace")
     tokens = encode(cfg, text)
     rows = [tokens[i:i + cfg.max_seq_len + 1] for i in range(0, len(tokens) - 1, cfg.max_seq_len)]
     if not rows:
@@ -65,15 +61,11 @@ def evaluate_text(model, rt, path):
             f"sparsity {sparsity:.4f}, {n} tokens")
 
 
-def read_text(path):
-    return Path(path).read_text(encoding="utf-8", errors="replace")
-
-
 def evaluate_hellaswag(model, rt, path):
     """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
     given the context is largest, a token (acc_norm) or in all (acc)."""
     cfg, right = model.cfg, []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         try:
             item = json.loads(line)
             context, endings, label = item["ctx"], item["endings"], int(item["label"])
@@ -145,16 +137,16 @@ def since(marks):
 
 
 def bytes_per_token(shards):
-    """Mean UTF-8 bytes of text a token, where dataset.json tells."""
-    try:
-        said = [shards.dataset()["shards"][path.name] for path in shards.paths]
+    """Mean UTF-8 bytes of text a token, where dataset.json tells; NaN: it does not."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        said = json.loads(shards.paths[0].with_name("dataset.json").read_text())["shards"]
+        said = [said[path.name] for path in shards.paths]
         return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
-    except (LookupError, TypeError):
-        return None
+    return math.nan
 
 
 def run(args, explicit):
-    cfg, weights = tool.load(args, explicit)
+    cfg, weights = tool.of_checkpoint(args.checkpoint, explicit)
     rt = tgs.Runtime(cfg)
     model = tgs.build_model(cfg, rt, weights, args.checkpoint)
     for path in args.text:
@@ -167,7 +159,6 @@ def run(args, explicit):
 
 def evaluate_shards(model, rt, depth_file):
     cfg, shards = model.cfg, tgs.Shards(model.cfg, "val")
-    per_token = bytes_per_token(shards)
     if rt.compile:  # before the clock starts
         first = dataclasses.replace(cfg, val_tokens=cfg.device_batch_size * cfg.max_seq_len + 1)
         tgs.evaluate(model, first, rt, tgs.Shards(first, "val"))
@@ -179,11 +170,11 @@ def evaluate_shards(model, rt, depth_file):
     result = tgs.evaluate(model, cfg, rt, shards, watch=depths and depths.add)
     nats, sparsity = result["cross_entropy"], mean(result["gate_zero"])
     print(f"cross_entropy {nats:.6f} nats a token over {result['tokens']} tokens")
-    if per_token:
-        print(f"bits a byte {nats / math.log(2) / per_token:.4f}")
+    bits = nats / math.log(2) / bytes_per_token(shards)
+    if math.isfinite(bits):
+        print(f"bits a byte {bits:.4f}")
     print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
-    print(f"FLOPs a token: {result['realised_flops_per_token']:.4g} realised, "
-          f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
+    print(f"FLOPs a token: {result['realised_flops_per_token']:.4g}")
     print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
     tables = depths.tables() if depths else {}
     for title, rows in tables.items():

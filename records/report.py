@@ -21,11 +21,9 @@ from statistics import fmean as mean, stdev
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import archive  # noqa: E402
-import show  # noqa: E402
-from archive import RecordError  # noqa: E402
+import archive
+import show
+from archive import RecordError
 
 BEGIN, END = "<!-- records/report.py: begin -->", "<!-- records/report.py: end -->"
 SHOWN = 25  # rows of a table that are not folded away
@@ -272,13 +270,12 @@ def draw_track(c: Comparison, path: Path):
 
 
 def draw_figure2(runs: list[dict], path: Path):
-    """The paper's Figure 2: loss against the released code's count of FLOPs."""
+    """The paper's Figure 2: loss against FLOPs."""
     fig, (ax,) = show.canvas(1, (8, 4.3))
     for run in runs:
-        c, s = run["config"], run["summary"]
-        ax.plot(show.estimated_flops(c, s["sparsity"]) / c["max_seq_len"], s["cross_entropy"],
-                "o" if show.targets(c) else "s", label=run["row"])
-    ax.set(xlabel="estimated FLOPs a token", ylabel="validation loss (nats a token)")
+        marker, s = "o" if show.targets(run["config"]) else "s", run["summary"]
+        ax.plot(s["realised_flops_per_token"], s["cross_entropy"], marker, label=run["row"])
+    ax.set(xlabel="FLOPs a token, forward", ylabel="validation loss (nats a token)")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     show.save(fig, path)
 
@@ -366,7 +363,7 @@ def run(args) -> int:
 
 
 main = archive.command(run, __doc__, {
-    "folder": dict(nargs="?", type=Path, default=HERE, help=f"(default: {HERE.name})"),
+    "folder": dict(nargs="?", type=Path, default=Path(__file__).parent, help="(default: records)"),
     "--verify": dict(action="store_true", help="only check, and say what disagrees")})
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ import torch
 import torch.nn.functional as F
 
 import tool
-from tool import UserError, encode, get_encoding, tgs
+from tool import UserError, between, encode, get_encoding, tgs
 
+LARGE = 2**31
 OPTIONS = tool.SOURCE | {
     "prompt": dict(default="", help="text to continue; without it, the start of a document"),
-    "max_new_tokens": dict(type=int, default=200, help="tokens to add to each sample (default: 200)"),
-    "num_samples": dict(type=int, default=1, help="samples, decoded together (default: 1)"),
-    "temperature": dict(type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"),
-    "top_k": dict(type=int, default=2**31, help="draw from the k likeliest tokens (default: all)"),
-    "top_p": dict(type=float, default=1.0, help="draw from the likeliest that reach this (default: 1)"),
+    "max_new_tokens": dict(type=between(int, 0, LARGE), default=200, help="of each sample (default: 200)"),
+    "num_samples": dict(type=between(int, 1, LARGE), default=1, help="decoded together (default: 1)"),
+    "temperature": dict(type=between(float, 0, LARGE), default=0.8,
+                        help="0 takes the likeliest token (default: 0.8)"),
+    "top_k": dict(type=between(int, 1, LARGE), help="draw from the k likeliest tokens (default: all)"),
+    "top_p": dict(type=between(float, 1e-6, 2), default=1.0,
+                  help="draw from the likeliest that together reach this (default: 1)"),
     "show_depth": dict(action="store_true", help="shade each token by the number of blocks it ran"),
     "html": dict(help="write the shaded text as a page to this file"),
 }
@@ -224,11 +227,7 @@ def html_page(samples, n_layers, title):
 
 
 def run(args, explicit):
-    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k > 0 and args.max_new_tokens >= 0
-            and args.num_samples > 0):
-        raise UserError("sampling needs --temperature and --max_new_tokens of at least 0, --top_p above 0 "
-                        "and at most 1, --top_k and --num_samples above 0")
-    cfg, weights = tool.load(args, explicit)
+    cfg, weights = tool.of_checkpoint(args.checkpoint, explicit)
     rt, encoding, prompt = tgs.Runtime(cfg), get_encoding(cfg), encode(cfg, args.prompt)
     if len(prompt) >= cfg.max_seq_len:
         raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")

@@ -11,26 +11,10 @@ import sys
 from pathlib import Path
 from statistics import fmean as mean, median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import archive  # noqa: E402
+import archive
 
 WITHOUT_TARGET = "dense", "none", "sparsity", "sparsity_variance"
 MOVING = "adaptive", "proportional", "proportional_derivative"  # controls that move coefficients
-
-
-def estimated_flops(c: dict, sparsity: float = 0.0) -> float:
-    """The released code's count for one sequence, for Figure 2: full T x T attention, norms and activations
-    included, blocks times (1 - sparsity), where sparsity is the mean share of gates that are 0."""
-    T, d, H, L = c["max_seq_len"], c["dim"], c["n_heads"], c["n_layers"]
-    kv, m, routers = c["n_kv_heads"] / H * d, c["ffn_dim_multiplier"] * d, archive.n_routers(c)
-    sqrt, exp, norms = 8, 10, 4 if c["norm"] == "sandwich" else 2
-    norm = 4 * d + 2 + sqrt
-    attention = 2 * d * (2 * d + 2 * kv) + 3 * (d + kv)  # projections, rotary embedding
-    attention += 4 * T * d + H * T * (2 + exp + 2)  # two products; scale, mask, softmax
-    ffn = 6 * d * m + m * (exp + 4 + 1)  # three products; SiLU, gating
-    block = attention + ffn + norms * norm + 4 * d
-    masks = L * d + routers - 1 if routers else 0
-    return T * (2 * norm + masks + (1 - sparsity) * L * block + 2 * d * c["vocab_size"])
 
 
 def targets(c: dict) -> list[float]:

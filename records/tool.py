@@ -42,12 +42,8 @@ def command(run, doc, options, fields):
     return main
 
 
-def load(args, explicit):
-    """Settings and weights of --checkpoint; data and gates are its record's unless a flag says otherwise."""
-    return of_checkpoint(args.checkpoint, explicit)
-
-
 def of_checkpoint(source, explicit):
+    """Settings and weights of --checkpoint; data and gates are its record's unless a flag says otherwise."""
     stored, weights = tgs.read_weights(source)
     also = [*GATES, "val_files", "val_tokens", "device_batch_size", "dtype"]
     settings = {k: stored[k] for k in also if stored.get(k) is not None}
