@@ -41,10 +41,10 @@ class Parser(argparse.ArgumentParser):
         raise RecordError(f"{message} (see --help)")
 
 
-def command(run, doc: str, arguments: dict):
+def command(run, doc, arguments):
     """A tool's main(argv), which returns the exit status: what run(args) returns; or, where it fails by what a
     user can mend, 2, and one line says what."""
-    def main(argv: list[str] | None = None) -> int:
+    def main(argv=None):
         parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         for name, how in arguments.items():
             parser.add_argument(name, **how)
@@ -63,7 +63,7 @@ class Row(NamedTuple):
     on_line: bool  # is it a point of a dense line?
 
 
-def rows_of(track: dict) -> dict[str, Row]:
+def rows_of(track):
     """The rows of a track by name."""
     rows = {name: Row(what, None, False) for name, what in track.get("tried", {}).items()}
     for regime in track.get("regimes", [{"is": "", "prefix": "", "flags": ""}]):
@@ -76,13 +76,13 @@ def rows_of(track: dict) -> dict[str, Row]:
 
 # ---- counts, from a config --------------------------------------------------------------------------------
 
-def block_weights(c: dict) -> int:
+def block_weights(c):
     """Of the matrices of one block."""
     d, kv_dim = c["dim"], c["n_kv_heads"] * (c["dim"] // c["n_heads"])
     return d * (2 * d + 2 * kv_dim + 3 * round(c["ffn_dim_multiplier"] * d))
 
 
-def parameters(c: dict) -> int:
+def parameters(c):
     """Of the whole model: blocks, embeddings and head, routers, norms."""
     d, L, norms = c["dim"], c["n_layers"], 4 if c["norm"] == "sandwich" else 2
     around = 1 if c["norm"] == "llama" else 2
@@ -90,11 +90,11 @@ def parameters(c: dict) -> int:
             + (norms * L + around) * d)
 
 
-def n_routers(c: dict) -> int:
+def n_routers(c):
     return 0 if c["control"] in ("dense", "random") else c["n_layers"] // 2
 
 
-def realised_flops(c: dict, gate_zero: list[float]) -> tuple[float, float]:
+def realised_flops(c, gate_zero):
     """FLOPs of a forward pass a token, counted as the script does, from the share of closed gates a block: at
     least and at most. What a record lacks is the number of pairs of open tokens that attention had: fewest
     where all sequences have as many open, most where each is all open or all closed."""
@@ -109,14 +109,14 @@ def realised_flops(c: dict, gate_zero: list[float]) -> tuple[float, float]:
 
 # ---- live runs --------------------------------------------------------------------------------------------
 
-def read_object(path: Path) -> dict:
+def read_object(path):
     value = json.loads(path.read_text())
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
 
 
-def live(folder: Path) -> dict:
+def live(folder):
     """A live run in the form of a packed one, as far as its small files tell, without validations and hashes;
     and its `folder` and `state`."""
     run = {"name": folder.name, "config": {}, "env": {}, "summary": {}, "folder": folder}
@@ -134,16 +134,16 @@ def live(folder: Path) -> dict:
     return run | {"state": "interrupted" if run["summary"].get("interrupted") else "finished"}
 
 
-def read_events(folder: Path) -> list[dict]:
+def read_events(folder):
     whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")  # (a line may be being written)
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def metrics_hash(events: list[dict]) -> str:
+def metrics_hash(events):
     return digest(compact([{k: e[k] for k in sorted(e.keys() - TIMES)} for e in events]).encode())
 
 
-def course(events: list[dict], config: dict) -> tuple[list[dict], dict]:
+def course(events, config):
     """The validations, and the training steps in columns."""
     steps, validations = ([e for e in events if e["kind"] == kind] for kind in ("train", "val"))
     curve = {k: [e[k] for e in steps] for k in ("step", "cross_entropy", "grad_norm")}
@@ -154,7 +154,7 @@ def course(events: list[dict], config: dict) -> tuple[list[dict], dict]:
     return [{k: e[k] for k in e if k != "kind" and k not in TIMES} for e in validations], curve
 
 
-def complete(run: dict) -> tuple[dict, dict]:
+def complete(run):
     """A finished live run with all that is packed of it, and its curve. RecordError: what is wrong."""
     try:
         events, script = read_events(run["folder"]), run["env"]["source_sha256"][:16]
@@ -174,12 +174,12 @@ def complete(run: dict) -> tuple[dict, dict]:
     return whole, curve
 
 
-def scripts(folder: Path, hash_: str) -> list[Path]:
+def scripts(folder, hash_):
     """The script of this hash in a live run's folder."""
     return [path for path in folder.glob("*.py") if digest(path.read_bytes()) == hash_]
 
 
-def check(run: dict, curve: dict):
+def check(run, curve):
     """RecordError where the numbers of a finished run, live or packed, do not agree with each other."""
     c, s, last = run["config"], run["summary"], run["validations"][-1]
     tokens, half = s["step"] * c["batch_size"] * c["max_seq_len"], c["n_layers"] // 2
@@ -201,19 +201,19 @@ def check(run: dict, curve: dict):
 
 # ---- packed runs ------------------------------------------------------------------------------------------
 
-def digest(data: bytes) -> str:
+def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def compact(value) -> str:
+def compact(value):
     return json.dumps(value, separators=(",", ":"))
 
 
-def sealed(line: dict) -> str:
+def sealed(line):
     return compact(line | {"hash": digest(compact(line).encode())})
 
 
-def lines(path: Path) -> list[dict]:
+def lines(path):
     """The lines of a packed file without their hashes; none where there is no file. RecordError if one is not
     what was packed, but for a last one that is not at its end: its run is there still."""
     found, content = [], path.read_text() if path.exists() else ""
@@ -231,7 +231,7 @@ def lines(path: Path) -> list[dict]:
     return found
 
 
-def runs(parent: Path) -> list[dict]:
+def runs(parent):
     """The runs of a folder, packed and live, in order of their names, which begin with the date."""
     found = {run["name"]: run | {"state": "finished"} for run in lines(parent / "runs.jsonl")}
     for path in parent.glob("*/config.json"):
@@ -240,25 +240,25 @@ def runs(parent: Path) -> list[dict]:
     return [found[name] for name in sorted(found)]
 
 
-def newest(parent: Path) -> dict[tuple[str, int], dict]:
+def newest(parent):
     """The finished runs of a folder by row and seed, of each the last."""
     return {(run["row"], run["seed"]): run for run in runs(parent) if run["state"] == "finished"}
 
 
-def times(parent: Path) -> list[dict]:
+def times(parent):
     """What ./run.sh tracks time measured, packed and live, in order of names."""
     found = lines(parent / "times.jsonl") + [*map(measurement, parent.glob("*/times.json"))]
     return sorted(found, key=lambda line: line["name"])
 
 
-def measurement(path: Path) -> dict:
+def measurement(path):
     try:
         return {"name": path.parent.name, **read_object(path)}
     except DAMAGE as e:
         raise RecordError(f"{path} is damaged: {e}")
 
 
-def find(path: Path) -> tuple[dict, dict]:
+def find(path):
     """The run of a live folder, be it still running, or of PARENT/NAME, a packed run: with its validations,
     and its curve. RecordError where there is none."""
     for run in lines(path.parent / "runs.jsonl"):
@@ -275,7 +275,7 @@ def find(path: Path) -> tuple[dict, dict]:
 
 # ---- packing ----------------------------------------------------------------------------------------------
 
-def pack(folder: Path) -> str:
+def pack(folder):
     """Pack a finished run or a measurement into the folder that holds it. When all is on the disk, what was
     packed is removed, and log and plot with it; what else lies in the folder stays there, and with it, since
     weights need it, the config. Says what was done. RecordError where it may not be packed."""
@@ -300,20 +300,20 @@ def pack(folder: Path) -> str:
     return removed(folder, [*scripts(folder, run["script"]), *(folder / file for file in files)])
 
 
-def keep(script: Path, path: Path):
+def keep(script, path):
     path.parent.mkdir(exist_ok=True)
     with open(path.with_suffix(".partial"), "wb") as file:
         write(file, script.read_bytes())
     os.replace(file.name, path)
 
 
-def write(file, data: bytes):
+def write(file, data):
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
 
 
-def add(path: Path, line: dict):
+def add(path, line):
     """Append a line, unless it is there. RecordError where another of this name is."""
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # (those who pack at once take turns)
@@ -331,7 +331,7 @@ def add(path: Path, line: dict):
             write(file, f"{sealed(line)}\n".encode())
 
 
-def removed(folder: Path, paths: list[Path]) -> str:
+def removed(folder, paths):
     for path in paths:
         path.unlink(missing_ok=True)
     others = {path.name for path in folder.iterdir()} - {"config.json"}

@@ -30,7 +30,7 @@ FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
 
 @torch.no_grad()
-def token_losses(model, rt, rows: list[list[int]]):
+def token_losses(model, rt, rows):
     """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens), a list
     of tensors, and the summed statistics of `span`. Rows of different lengths are packed together."""
     losses, stats, B = [], 0, model.cfg.device_batch_size

@@ -33,7 +33,7 @@ COSTS = ["forward FLOPs", "training FLOPs", *TIMED]
 
 # ---- a track's rows, and what decides ---------------------------------------------------------------------
 
-def survival(t: float, df: float) -> float:
+def survival(t, df):
     """P(T > t) of Student's t with df degrees of freedom: where T = sqrt(df) tan(a), a has a density that is
     proportional to cos(a)^(df - 1)."""
     def area(low):
@@ -43,14 +43,14 @@ def survival(t: float, df: float) -> float:
     return area(math.atan(t / math.sqrt(df))) / area(-math.pi / 2)
 
 
-def spread(values: list[float]) -> float:
+def spread(values):
     return stdev(values) if len(values) > 1 else math.nan
 
 
 class Result:
     """The finished seeds of a setting, by seed."""
 
-    def __init__(self, name: str, known: archive.Row | None, runs: list[dict], timed: dict):
+    def __init__(self, name, known, runs, timed):
         c = runs[0]["config"]
         wsd = ", wsd" if c.get("cooldown_fraction") else ""
         self.line = (f"{c.get('optimizer', 'adamw')}, {c['num_steps']:,} steps of {c['batch_size']} x "
@@ -67,11 +67,11 @@ class Result:
         costs = [costs_of(run, times) for run, (times, _) in zip(runs, found)]
         self.each = {cost: [of[cost] for of in costs] for cost in COSTS}  # (Comparison: over the unit's)
 
-    def cost(self, name: str) -> float:
+    def cost(self, name):
         return mean(self.each[name])
 
 
-def costs_of(run: dict, times: dict) -> dict[str, float]:
+def costs_of(run, times):
     """NaN: not known."""
     s, c = run["summary"], run["config"]
     step = 3 * s["realised_flops_per_token"] * c["batch_size"] * c["max_seq_len"]  # of the trained gates
@@ -80,7 +80,7 @@ def costs_of(run: dict, times: dict) -> dict[str, float]:
             "training time": times.get("train", math.nan) * s["train_flops"] / step}
 
 
-def times_of(folder: Path, of_rows: dict[str, list[dict]]) -> dict[str, tuple[dict, dict]]:
+def times_of(folder, of_rows):
     """By the name of a row or run: its newest times over the unit's, and all of that measurement. A row has
     the mean of its runs', for seeds whose weights were not there."""
     timed = {}
@@ -96,7 +96,7 @@ def times_of(folder: Path, of_rows: dict[str, list[dict]]) -> dict[str, tuple[di
 class Comparison:
     """The rows of a track, and what decides: `against`, by cost and row, what against_line says."""
 
-    def __init__(self, folder: Path, track: dict):
+    def __init__(self, folder, track):
         self.track = track
         of_rows = {}
         for (name, _), run in sorted(archive.newest(folder).items()):
@@ -116,7 +116,7 @@ class Comparison:
                   if found[2] >= track["seeds"]}
         self.decided = [self.rows[name] for name in sorted(enough, key=enough.get)]  # the best first
 
-    def dense_line(self, line: str, cost: str, measured={}) -> list[tuple[float, Result]]:
+    def dense_line(self, line, cost, measured={}):
         """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if
         it has several of them."""
         found = [r for r in self.rows.values() if r.dense and r.line == line]
@@ -129,7 +129,7 @@ class Comparison:
             points = [(x * r.steps / steps, r) for x, r in points]
         return sorted(points, key=lambda point: point[0])
 
-    def against_line(self, row: Result, cost: str) -> tuple | None:
+    def against_line(self, row, cost):
         """(difference, p, least seeds of a side, standard error) of a row to the line through the dense rows
         of its regime, each seed at its own cost and, for a time, against the line of its own measurement; p,
         one-sided, that the row lies as far below by chance. Welch's t: to the variance of the mean difference
@@ -152,14 +152,14 @@ class Comparison:
         error = math.sqrt(sum(variance))
         return mean(differences), survival(-mean(differences) / error, df), seeds, error
 
-    def against_target(self, row: Result) -> tuple:
+    def against_target(self, row):
         """(difference, p, seeds) of the row's mean loss to the track's target; one-sided, by Student's t."""
         difference, p = row.mean - self.track["target"], math.nan
         if row.n > 1:
             p = survival(-difference / (row.sd / math.sqrt(row.n)), row.n - 1)
         return difference, p, row.n
 
-    def verdict(self, found: tuple | None, verb: str) -> str:
+    def verdict(self, found, verb):
         if not found:
             return "-"
         difference, p, seeds, *_ = found
@@ -169,7 +169,7 @@ class Comparison:
         return f"{difference:+.4f}, p {p:.2g}: {said}"
 
 
-def shares(x: float, dense: list[tuple[float, Result]]) -> dict[str, float] | None:
+def shares(x, dense):
     """The line through the dense rows at cost x, as their weights in it by name; None beyond their range, but
     for a twentieth above it, where the last segment goes on (below the convex curve: this favours dense)."""
     for (low, a), (high, b) in zip(dense, dense[1:]):
@@ -181,14 +181,14 @@ def shares(x: float, dense: list[tuple[float, Result]]) -> dict[str, float] | No
 
 # ---- tables -----------------------------------------------------------------------------------------------
 
-def cell(x) -> str:
+def cell(x):
     if x is None or x != x:
         return "-"
     text = f"{x:.4f}" if isinstance(x, float) else str(x)
     return " ".join(text.replace("|", "\\|").split())
 
 
-def markdown(caption: str, rows: list[dict], columns: list[str], shown: int = SHOWN) -> str:
+def markdown(caption, rows, columns, shown=SHOWN):
     """A table whose first rows are shown and whose others are folded away."""
     head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines = ["| " + " | ".join(cell(row.get(k)) for k in columns) + " |" for row in rows]
@@ -201,7 +201,7 @@ def markdown(caption: str, rows: list[dict], columns: list[str], shown: int = SH
     return "\n".join(text)
 
 
-def track_tables(c: Comparison) -> list[str]:
+def track_tables(c):
     """What is decided, then, folded away, everything else; and the race to the target."""
     rows = {}
     for r in sorted(c.rows.values(), key=lambda r: r.mean):
@@ -229,7 +229,7 @@ def track_tables(c: Comparison) -> list[str]:
                  ["row", "steps", "val. loss (seeds)", *training, "against the target"])]
 
 
-def run_table(caption: str, runs: list[dict]) -> str:
+def run_table(caption, runs):
     rows = []
     for run in runs:
         row = {"record": run["name"], "steps": run["state"]} | run["config"]
@@ -241,7 +241,7 @@ def run_table(caption: str, runs: list[dict]) -> str:
     return markdown(caption, rows, columns) if rows else ""
 
 
-def bench_table(bench: dict) -> str:
+def bench_table(bench):
     """Ratios to dense, which hold on a shared machine too, since variants alternate."""
     rows = bench.get("growth") or bench["rows"]
     keys = ["mode", "batch", "variant", "sparsity", "speedup", "efficiency", "grows", "size", "over_flops"]
@@ -251,7 +251,7 @@ def bench_table(bench: dict) -> str:
 
 # ---- figures ----------------------------------------------------------------------------------------------
 
-def draw_track(c: Comparison, path: Path):
+def draw_track(c, path):
     """Each decided row against its dense line, with standard errors, filled where it beats the line."""
     fig, (ax,) = show.canvas(1, (8, 2 + 0.27 * len(c.decided)))
     for cost, fmt, color in ("forward FLOPs", "o", "C3"), ("forward time", "D", "C0"):
@@ -269,7 +269,7 @@ def draw_track(c: Comparison, path: Path):
     show.save(fig, path)
 
 
-def draw_figure2(runs: list[dict], path: Path):
+def draw_figure2(runs, path):
     """The paper's Figure 2: loss against FLOPs."""
     fig, (ax,) = show.canvas(1, (8, 4.3))
     for run in runs:
@@ -282,7 +282,7 @@ def draw_figure2(runs: list[dict], path: Path):
 
 # ---- the command ------------------------------------------------------------------------------------------
 
-def faults(folder: Path):
+def faults(folder):
     """What is wrong with the records of a folder, a sentence each."""
     curves = {line["name"]: line for line in archive.lines(folder / "curves.jsonl")}
     for run in archive.runs(folder):
@@ -299,7 +299,7 @@ def faults(folder: Path):
             yield f"{run['name']}: {e}"
 
 
-def page(folder: Path, draw: bool) -> str:
+def page(folder, draw):
     """What the README says between its markers; with `draw`, figures too."""
     parts = []
     for name, track in archive.TRACKS.items():
@@ -318,7 +318,7 @@ def page(folder: Path, draw: bool) -> str:
     return "\n".join([*parts, *map(bench_table, archive.lines(folder / "bench.jsonl"))])
 
 
-def split(path: Path) -> tuple[str, str, str]:
+def split(path):
     """A README before, between and behind the markers."""
     text = path.read_bytes().decode() if path.exists() else "# Records"
     if BEGIN not in text:
@@ -330,7 +330,7 @@ def split(path: Path) -> tuple[str, str, str]:
     return before, old, after
 
 
-def verify(folder: Path) -> int:
+def verify(folder):
     places = [folder, *(folder / name for name in archive.TRACKS)]
     wrong = [sentence for place in places for sentence in faults(place)]
     _, tables, _ = split(folder / "README.md")
@@ -342,7 +342,7 @@ def verify(folder: Path) -> int:
     return 2 if wrong else 0
 
 
-def run(args) -> int:
+def run(args):
     folder = args.folder
     if not folder.is_dir():
         raise RecordError(f"{folder} is not a folder")

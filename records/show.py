@@ -17,7 +17,7 @@ WITHOUT_TARGET = "dense", "none", "sparsity", "sparsity_variance"
 MOVING = "adaptive", "proportional", "proportional_derivative"  # controls that move coefficients
 
 
-def targets(c: dict) -> list[float]:
+def targets(c):
     """Of the mean gate of each level; none where the control has none."""
     start, end, levels = c["mean_target_start"], c["mean_target_end"], c["n_layers"] // 2
     if c["control"] in WITHOUT_TARGET:
@@ -27,7 +27,7 @@ def targets(c: dict) -> list[float]:
 
 # ---- the picture ------------------------------------------------------------------------------------------
 
-def canvas(columns: int, size: tuple[float, float]):
+def canvas(columns, size):
     """A figure and its axes, side by side."""
     import matplotlib
     matplotlib.use("Agg")
@@ -38,13 +38,13 @@ def canvas(columns: int, size: tuple[float, float]):
     return fig, axes[0]
 
 
-def save(fig, path: Path):
+def save(fig, path):
     """Whole, or as it was."""
     fig.savefig(f"{path}.partial", dpi=100, format="png")
     os.replace(f"{path}.partial", path)
 
 
-def plot(run: dict, curve: dict, path: Path):
+def plot(run, curve, path):
     """Loss, mean gates and coefficients over steps, as one picture."""
     steps, validations = curve["step"], run["validations"]
     panels = 3 if "gate_mean" in curve else 1
@@ -59,7 +59,7 @@ def plot(run: dict, curve: dict, path: Path):
     save(fig, path)
 
 
-def draw_gates(gates, coefs, config: dict, curve: dict):
+def draw_gates(gates, coefs, config, curve):
     from matplotlib import cm
     L, aims = config["n_layers"], targets(config)
     colors = cm.viridis([1.7 * l / L + 0.05 for l in range(L // 2)])
@@ -77,7 +77,7 @@ def draw_gates(gates, coefs, config: dict, curve: dict):
 
 # ---- what there is to say ---------------------------------------------------------------------------------
 
-def opening_lines(run: dict):
+def opening_lines(run):
     """Where, on what, and of which model and data."""
     c, env = run["config"], run["env"]
     yield f"{run['place']}  ({env['command']})"
@@ -95,7 +95,7 @@ def opening_lines(run: dict):
            f"steps of {c['batch_size']} x {c['max_seq_len']} tokens")
 
 
-def warnings(run: dict):
+def warnings(run):
     """The paper's ways to fail that the last of the validations shows."""
     c, last = run["config"], run["validations"][-1]
     losses = [v["cross_entropy"] for v in run["validations"]]
@@ -111,7 +111,7 @@ def warnings(run: dict):
                "--coef_update")
 
 
-def closing_lines(run: dict):
+def closing_lines(run):
     """What a run came to, and what to do next with it."""
     c, s, place = run["config"], run["summary"], run["place"]
     if s.get("interrupted", True):
@@ -141,7 +141,7 @@ def closing_lines(run: dict):
         yield f"packed: ./run.sh --config {place} runs it again, ./run.sh show {place} --plot draws it"
 
 
-def step_lines(c: dict, steps: list[dict]):
+def step_lines(c, steps):
     """What its events tell of the time of a training step: beside its first, and of ranks that wait."""
     tenth = len(steps) // 10
     if tenth > 1 and c["control"] != "dense":
@@ -155,12 +155,12 @@ def step_lines(c: dict, steps: list[dict]):
                "active tokens")
 
 
-def bars(values: list[float], width: int = 24) -> list[str]:
+def bars(values, width=24):
     """A line a layer: its number, a bar, the value between 0 and 1."""
     return [f"  block {l:2d} |{'█' * round(v * width):{width}s}| {v:6.1%}" for l, v in enumerate(values)]
 
 
-def show(args) -> int:
+def show(args):
     run, curve = archive.find(args.record)
     run["place"], log = args.record, args.record / "log.txt"
     lines = closing_lines(run)

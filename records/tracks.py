@@ -34,14 +34,14 @@ MAY_DIFFER = {"name", "preset", "config", "device", "device_batch_size", "compil
 
 # ---- running ----------------------------------------------------------------------------------------------
 
-def settings_of(flags: list[str]) -> dict:
+def settings_of(flags):
     """All settings that these flags of the trainer make, but for those that a run finds out itself."""
     _, given = tgs.parse_settings(tgs.Parser(), flags)
     settings = dataclasses.asdict(tgs.resolve(given)[0])
     return {k: v for k, v in settings.items() if v is not None and k not in MAY_DIFFER}
 
 
-def missing(track: dict, rows: dict[str, Row], seeds: int, folder: Path, more: list[str]):
+def missing(track, rows, seeds, folder, more):
     """(what, flags) of each run that is not recorded, seed by seed."""
     found, place = archive.runs(folder), os.path.relpath(folder, ROOT)
     for seed in range(seeds):
@@ -56,7 +56,7 @@ def missing(track: dict, rows: dict[str, Row], seeds: int, folder: Path, more: l
                 yield f"{name}, seed {seed}", ["--resume", f"{place}/{same[-1]['name']}"]
 
 
-def run(track: dict, todo: list[tuple[str, list[str]]]) -> int:
+def run(track, todo):
     seconds, failed = [], []
     for i, (what, flags) in enumerate(todo):
         left = f", about {mean(seconds) * (len(todo) - i) / 60:.0f} minutes left" if seconds else ""
@@ -78,7 +78,7 @@ def run(track: dict, todo: list[tuple[str, list[str]]]) -> int:
 
 # ---- timing -----------------------------------------------------------------------------------------------
 
-def models(track: dict, rows: dict[str, Row], folder: Path):
+def models(track, rows, folder):
     """(name, model, optimizers) of what is timed: a model without routers by its row's name, with new weights
     (they do not matter), and by its own name each other run, the last of its seed, whose weights are here."""
     runs = archive.newest(folder)
@@ -96,7 +96,7 @@ def models(track: dict, rows: dict[str, Row], folder: Path):
             yield place.name, *ready(*tool.of_checkpoint(str(place), given))
 
 
-def ready(cfg: tgs.Config, weights: dict | None):
+def ready(cfg, weights):
     """A model, and optimizers that change nothing."""
     model = tgs.build_model(cfg, tgs.Runtime(cfg), weights)
     optimizers = tgs.make_optimizers(model, cfg).values()
@@ -106,7 +106,7 @@ def ready(cfg: tgs.Config, weights: dict | None):
     return model, optimizers
 
 
-def measure(track: dict, rows: dict[str, Row], rounds: int, folder: Path):
+def measure(track, rows, rounds, folder):
     """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, on the same
     validation text, in turn in this process: medians, and the medians of the rounds' ratios to the unit's (a
     machine that drifts moves both sides of a round)."""
@@ -134,7 +134,7 @@ def measure(track: dict, rows: dict[str, Row], rounds: int, folder: Path):
     print(f"record: {path.parent}")
 
 
-def timed(model, optimizers, shards: tgs.Shards, at: int, tokens: int) -> tuple[float, float]:
+def timed(model, optimizers, shards, at, tokens):
     """Seconds of a forward pass, over so many tokens, and of a step, of a batch of the text from `at` on."""
     B, T = model.cfg.device_batch_size, model.cfg.max_seq_len
     places = tgs.sequences(shards, model.cfg)
@@ -153,7 +153,7 @@ def timed(model, optimizers, shards: tgs.Shards, at: int, tokens: int) -> tuple[
 
 # ---- the command ------------------------------------------------------------------------------------------
 
-def pack(parent: Path) -> int:
+def pack(parent):
     status = 0
     folders = {path.parent for kind in ("config", "times", "bench") for path in parent.glob(f"*/{kind}.json")}
     if not folders:
@@ -167,7 +167,7 @@ def pack(parent: Path) -> int:
     return status
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     given = [*(sys.argv[1:] if argv is None else argv), "--"]
     cut = given.index("--")
     further = given[cut + 1:-1]
