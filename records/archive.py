@@ -65,12 +65,12 @@ class Row(NamedTuple):
 
 def rows_of(track):
     """The rows of a track by name."""
-    rows = {name: Row(what, None, False) for name, what in track.get("tried", {}).items()}
-    for regime in track.get("regimes", [{"is": "", "prefix": "", "flags": ""}]):
+    rows = {name: Row(what, None, False) for name, what in track["tried"].items()}
+    for regime in track["regimes"]:
         for setting in regime.get("settings", track["settings"]):
             what, flags = track["settings"][setting]
-            rows[regime["prefix"] + setting] = Row(f"{regime['is']}: {what}".removeprefix(": "), [
-                *regime["flags"].split(), *flags.split()], setting in track.get("line", ()))
+            flags = f"{regime['flags']} {flags}".split()
+            rows[regime["prefix"] + setting] = Row(regime["is"] + what, flags, setting in track["line"])
     return rows
 
 
@@ -84,10 +84,9 @@ def block_weights(c):
 
 def parameters(c):
     """Of the whole model: blocks, embeddings and head, routers, norms."""
-    d, L, norms = c["dim"], c["n_layers"], 4 if c["norm"] == "sandwich" else 2
-    around = 1 if c["norm"] == "llama" else 2
-    return (L * block_weights(c) + 2 * d * c["vocab_size"] + n_routers(c) * (d + 1)
-            + (norms * L + around) * d)
+    d, L = c["dim"], c["n_layers"]
+    norms = {"sandwich": 4 * L + 2, "pre": 2 * L + 2, "llama": 2 * L + 1}[c["norm"]]
+    return L * block_weights(c) + d * (2 * c["vocab_size"] + norms) + n_routers(c) * (d + 1)
 
 
 def n_routers(c):

@@ -5,8 +5,7 @@
 
 It prints the tables of all records. Those of packed benchmarks and of the tracks of records/tracks.toml, whose
 runs lie in FOLDER/TRACK, it writes between two markers of FOLDER/README.md too, whose other text stays as it
-is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines, or, where it decides nothing, the
-paper's Figure 2.
+is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines.
 
 --verify notices any changed number of a packed run, of a measurement, of a script or of the README's tables;
 and of a finished live run what its other files tell: its script, and the summary's loss, gates, sparsity,
@@ -45,6 +44,20 @@ def survival(t, df):
 
 def spread(values):
     return stdev(values) if len(values) > 1 else math.nan
+
+
+def welch(differences, sides):
+    """(mean, p, least seeds of a side, standard error) of a row's differences by seed; p, one-sided, that they
+    lie as far below 0 by chance. Welch's t: to the variance of their mean comes that of what they are
+    differences to, the sum over sides (weight, standard deviation, seeds) of weight^2 variance / seeds."""
+    sides = [(1.0, spread(differences), len(differences)), *sides]
+    seeds, difference = min(n for *_, n in sides), mean(differences)
+    if seeds < 2:
+        return difference, math.nan, seeds, math.nan
+    variance = [w * w * sd * sd / n for w, sd, n in sides]
+    df = sum(variance) ** 2 / sum(v * v / (n - 1) for v, (*_, n) in zip(variance, sides))
+    error = math.sqrt(sum(variance))
+    return difference, survival(-difference / error, df), seeds, error
 
 
 class Result:
@@ -112,9 +125,9 @@ class Comparison:
                 row.each[cost] = [x / one for x in row.each[cost]]
         self.against = {cost: {r.name: found for r in self.rows.values() if not r.dense
                                and (found := self.against_line(r, cost))} for cost in COSTS}
-        enough = {name: found for name, found in self.against["forward FLOPs"].items()
-                  if found[2] >= track["seeds"]}
-        self.decided = [self.rows[name] for name in sorted(enough, key=enough.get)]  # the best first
+        found = self.against["forward FLOPs"]
+        enough = [name for name in found if found[name][2] >= track["seeds"]]
+        self.decided = [self.rows[name] for name in sorted(enough, key=found.get)]  # the best first
 
     def dense_line(self, line, cost, measured={}):
         """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if
@@ -130,34 +143,18 @@ class Comparison:
         return sorted(points, key=lambda point: point[0])
 
     def against_line(self, row, cost):
-        """(difference, p, least seeds of a side, standard error) of a row to the line through the dense rows
-        of its regime, each seed at its own cost and, for a time, against the line of its own measurement; p,
-        one-sided, that the row lies as far below by chance. Welch's t: to the variance of the mean difference
-        comes that of the line, the sum over dense rows of weight^2 variance / seeds. None outside the line's
-        range."""
+        """What `welch` says of a row and the line through the dense rows of its regime, each seed at its own
+        cost and, for a time, against the line of its own measurement. None outside the line's range."""
         lines = [shares(x, self.dense_line(row.line, cost, measured))
                  for x, measured in zip(row.each[cost], row.measured)]
         if None in lines:
             return None
         differences = [loss - sum(w * self.rows[name].mean for name, w in line.items())
                        for loss, line in zip(row.losses, lines)]
-        sides = [(1.0, spread(differences), row.n)]
+        sides = []
         for dense in map(self.rows.get, sorted({name for line in lines for name, w in line.items() if w})):
             sides.append((mean(line.get(dense.name, 0.0) for line in lines), dense.sd, dense.n))
-        seeds = min(n for *_, n in sides)
-        if seeds < 2:
-            return mean(differences), math.nan, seeds, math.nan
-        variance = [w * w * sd * sd / n for w, sd, n in sides]
-        df = sum(variance) ** 2 / sum(v * v / (n - 1) for v, (*_, n) in zip(variance, sides))
-        error = math.sqrt(sum(variance))
-        return mean(differences), survival(-mean(differences) / error, df), seeds, error
-
-    def against_target(self, row):
-        """(difference, p, seeds) of the row's mean loss to the track's target; one-sided, by Student's t."""
-        difference, p = row.mean - self.track["target"], math.nan
-        if row.n > 1:
-            p = survival(-difference / (row.sd / math.sqrt(row.n)), row.n - 1)
-        return difference, p, row.n
+        return welch(differences, sides)
 
     def verdict(self, found, verb):
         if not found:
@@ -207,7 +204,8 @@ def track_tables(c):
     for r in sorted(c.rows.values(), key=lambda r: r.mean):
         rows[r] = {"row": r.name, "what": r.what, "steps": r.steps, "val. loss (seeds)":
                    f"{r.mean:.4f} ± {r.sd:.4f} ({r.n})".replace(" ± nan", ""),
-                   "against the target": c.verdict(c.against_target(r), "meet")}
+                   "against the target":
+                   c.verdict(welch([loss - c.track["target"] for loss in r.losses], []), "meet")}
         for cost in COSTS:
             rows[r][cost] = r.cost(cost)
             rows[r][f"at equal {cost}"] = c.verdict(c.against[cost].get(r.name), "beat")
@@ -230,15 +228,10 @@ def track_tables(c):
 
 
 def run_table(caption, runs):
-    rows = []
-    for run in runs:
-        row = {"record": run["name"], "steps": run["state"]} | run["config"]
-        if run["state"] == "finished":
-            row |= run["summary"]
-            row["steps"] = row.get("step")
-        rows.append(row | {"blocks": row.get("n_layers"), "val. loss (nats)": row.get("cross_entropy")})
-    columns = ["record", "control", "blocks", "steps", "val. loss (nats)", "sparsity"]
-    return markdown(caption, rows, columns) if rows else ""
+    """One, or none where there are no runs."""
+    rows = [{"record": run["name"], "state": run["state"]} | run["config"] | run["summary"] for run in runs]
+    columns = ["record", "state", "n_layers", "cross_entropy", "sparsity", "realised_flops_per_token"]
+    return [markdown(caption, rows, columns)] if rows else []
 
 
 def bench_table(bench):
@@ -249,7 +242,7 @@ def bench_table(bench):
                     [k for k in keys if k in rows[0]], 0)
 
 
-# ---- figures ----------------------------------------------------------------------------------------------
+# ---- the figure --------------------------------------------------------------------------------------------
 
 def draw_track(c, path):
     """Each decided row against its dense line, with standard errors, filled where it beats the line."""
@@ -266,17 +259,6 @@ def draw_track(c, path):
     ax.invert_yaxis()
     ax.legend(frameon=False)
     ax.set(title=f"Against the dense line (filled: p < {c.track['p']})", xlabel="nats a token")
-    show.save(fig, path)
-
-
-def draw_figure2(runs, path):
-    """The paper's Figure 2: loss against FLOPs."""
-    fig, (ax,) = show.canvas(1, (8, 4.3))
-    for run in runs:
-        marker, s = "o" if show.targets(run["config"]) else "s", run["summary"]
-        ax.plot(s["realised_flops_per_token"], s["cross_entropy"], marker, label=run["row"])
-    ax.set(xlabel="FLOPs a token, forward", ylabel="validation loss (nats a token)")
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     show.save(fig, path)
 
 
@@ -303,18 +285,14 @@ def page(folder, draw):
     """What the README says between its markers; with `draw`, figures too."""
     parts = []
     for name, track in archive.TRACKS.items():
-        runs, figure = archive.newest(folder / name), folder / f"{name}.png"
-        if not runs:
-            continue
-        parts.append(f"![{track['title']}]({name}.png)\n")
-        if track.get("unit") in {row for row, _ in runs}:
-            drawing, what = draw_track, Comparison(folder / name, track)
-            parts += track_tables(what)
+        runs = archive.newest(folder / name)
+        if track["unit"] in {row for row, _ in runs}:
+            comparison = Comparison(folder / name, track)
+            parts += [f"![{track['title']}]({name}.png)\n", *track_tables(comparison)]
+            if draw:
+                draw_track(comparison, folder / f"{name}.png")
         else:
-            drawing, what = draw_figure2, [*runs.values()]
-            parts.append(run_table(track["title"], what))
-        if draw:
-            drawing(what, figure)
+            parts += run_table(track["title"], runs.values())
     return "\n".join([*parts, *map(bench_table, archive.lines(folder / "bench.jsonl"))])
 
 
@@ -354,7 +332,7 @@ def run(args):
         partial = folder / "README.md.partial"
         partial.write_bytes(f"{before}{BEGIN}\n{tables}{END}{after}".encode())
         os.replace(partial, readme)
-    parts = [tables, run_table("Runs by themselves", archive.runs(folder))]
+    parts = [tables, *run_table("Runs by themselves", archive.runs(folder))]
     parts += [bench_table(archive.measurement(path)) for path in sorted(folder.glob("*/bench.json"))]
     print(*filter(None, parts), sep="\n", end="")
     if not any(parts):

@@ -47,19 +47,17 @@ class LayerCache:
 
     def attend(self, q, k, v, ln_g, layout):
         """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
-        first = self.kv.shape[3] == 0
-        seq, n = layout.seq, len(layout.seq)
-        start = layout.counts.cumsum(0) - layout.counts
+        seq, held = layout.seq, self.kv.shape[3]
+        n, start = len(seq), layout.counts.cumsum(0) - layout.counts
         column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
         self.counts += layout.counts[:-1]
         m = int(self.counts.max())
-        if m > self.kv.shape[3]:  # empty columns have a logit that gives them no weight
-            more = m + 64 - self.kv.shape[3]
-            self.kv = F.pad(self.kv.to(k.dtype), (0, 0, 0, more))
-            self.ln_g = F.pad(self.ln_g, (0, more), value=tgs.REMOVED)
+        if m > held:  # empty columns have a logit that gives them no weight
+            self.kv = F.pad(self.kv.to(k.dtype), (0, 0, 0, m + 64 - held))
+            self.ln_g = F.pad(self.ln_g, (0, m + 64 - held), value=tgs.REMOVED)
         self.kv[:, seq, :, column] = torch.stack((k[:n], v[:n]), 1)
         self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
-        if first:
+        if held == 0:
             return tgs.attention_kernel(layout)(q, k, v, ln_g, layout)
         return F.pad(self.attend_new(q[:n], seq, m), (0, 0, 0, 0, 0, len(q) - n))
 
@@ -76,8 +74,7 @@ class LayerCache:
 
     def bytes(self):
         """Of the tokens held: keys, values, and ln g in float32."""
-        two, _, kv_heads, _, head_dim = self.kv.shape
-        return int(self.counts.sum()) * (two * kv_heads * head_dim * self.kv.element_size() + 4)
+        return int(self.counts.sum()) * (self.kv[:, 0, :, :1].nbytes + 4)
 
 
 def attend_some(q, k, v, ln_g, rows, m):
@@ -92,21 +89,21 @@ class Decoder:
     """Sequences that grow together: their caches and lengths."""
 
     def __init__(self, model, rows):
-        self.model, self.device = model, model.cos.device
         some = None if model.lower is tgs.eager else model.lower(attend_some)
-        self.cache = [LayerCache(model.cfg, rows, self.device, some) for _ in model.layers]
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.model = model
+        self.cache = [LayerCache(model.cfg, rows, model.cos.device, some) for _ in model.layers]
+        self.lengths = [0] * rows
 
     @torch.no_grad()
     def append(self, tokens):
         """Run new tokens of some rows, lists by row. Returns logits of the last of each (rows, V), float32,
         and the depth of every token, row after row."""
-        rows, new = torch.tensor(list(tokens)), torch.tensor(list(map(len, tokens.values())))
-        ends, ids = new.cumsum(0), torch.tensor(sum(tokens.values(), []))
-        pos = torch.arange(len(ids)) + (self.lengths[rows] - ends + new).repeat_interleave(new)
-        self.lengths[rows] += new
-        seq = rows.repeat_interleave(new)
-        ids, seq, pos, last = (t.to(self.device) for t in (ids, seq, pos, ends - 1))
+        packed, last = [], []
+        for row, ids in tokens.items():
+            packed += [(t, row, self.lengths[row] + i) for i, t in enumerate(ids)]
+            last.append(len(packed) - 1)
+            self.lengths[row] += len(ids)
+        ids, seq, pos = torch.tensor(packed, device=self.model.cos.device).T.contiguous()
         self.model.caches = self.cache
         h, levels = self.model.hidden(ids, seq, pos, len(self.lengths))
         self.model.caches = None
@@ -241,10 +238,11 @@ def run(args, explicit):
                              cfg.seed, encoding.eot_token, encoding.n_vocab)
     seconds, new = time.perf_counter() - start, sum(map(len, out)) - len(out) * len(prompt)
     samples = [pieces(row[1:], encoding) for row in out]
-    for text in samples:
-        print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(s for s, _ in text))
     if args.show_depth:
+        print(*(terminal_text(text, cfg.n_layers) for text in samples), sep="\n")
         print(f"blocks run: {terminal_text(legend(cfg.n_layers), cfg.n_layers)}")
+    else:
+        print(*("".join(piece for piece, _ in text) for text in samples), sep="\n")
     depth = mean(t.depth for row in out for t in row)
     note = (f"{new} new tokens, {new / seconds:.0f} tokens/s, {depth:.1f} of {cfg.n_layers} blocks a token, "
             f"cache {held:,} bytes")

@@ -110,6 +110,8 @@ def measure(track, rows, rounds, folder):
     """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, on the same
     validation text, in turn in this process: medians, and the medians of the rounds' ratios to the unit's (a
     machine that drifts moves both sides of a round)."""
+    if not track["unit"]:
+        raise RecordError("this track decides nothing: it has no unit to time its rows against")
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
     torch._dynamo.config.fail_on_recompile_limit_hit = True
