@@ -12,7 +12,6 @@ so sparsity is exact. MFU is the share of the machine's own matrix-product rate,
 the products of a forward pass. Speed-up is against `dense`; efficiency is the measured speed-up over the
 FLOPs' own. Writes records_dir/..._bench/bench.json.
 """
-import ctypes
 import dataclasses
 import subprocess
 import sys
@@ -105,7 +104,7 @@ class Bench:
             else:
                 sample.Decoder(self.model, len(self.x)).append(self.prompts)
 
-    def row(self, mode, variant, sparsity, batch, seconds, tokens, seen, peak):
+    def row(self, mode, variant, sparsity, batch, seconds, tokens, seen):
         """A row of bench.json: of a pass in which each of `tokens` sees `seen` others, unless they skip."""
         cfg, active = self.model.cfg, 1 - sparsity
         stats = [[0, 0, active * tokens, active * tokens * (1 + active * seen)]] * cfg.n_levels
@@ -114,7 +113,7 @@ class Bench:
         flops = (tgs.realised_flops(cfg, stats, tokens) - unseen) / tokens
         return {"mode": mode, "variant": variant, "sparsity": sparsity if variant == "gated" else None,
                 "batch": batch, "seconds": seconds, "tokens_per_s": tokens / seconds,
-                "flops_per_token": 3 * flops if mode == "train" else flops, "peak_bytes": peak}
+                "flops_per_token": 3 * flops if mode == "train" else flops}
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
@@ -143,24 +142,10 @@ def in_turn(bench, rounds, variants, prepare):
 def measure_batches(bench, mode, rounds):
     """Rows of training steps or prefills: eager, dense, and gated at every sparsity, in turn."""
     B, T = bench.x.shape
-    run = getattr(bench, mode)
     variants = [("eager", 0.0), ("dense", 0.0), *GATED]
-    seconds = in_turn(bench, rounds, variants, lambda variant, _: lambda: run(variant))
-    for v in variants:
+    for v, seconds in in_turn(bench, rounds, variants, lambda *v: lambda: getattr(bench, mode)(v[0])).items():
         bench.use(*v)
-        peak = peak_of(bench.rt, lambda: run(v[0]))
-        yield bench.row(mode, *v, B, seconds[v], B * T, (T - 1) / 2, peak)
-
-
-def peak_of(rt, run):
-    """Bytes at the peak of the CUDA allocator or (Linux) of the process's resident memory while this runs."""
-    if rt.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    clock(rt, run)
-    return tgs.peak_memory(rt)
+        yield bench.row(mode, *v, B, seconds, B * T, (T - 1) / 2)
 
 
 def measure_decoding(bench, batch, rounds):
@@ -182,7 +167,7 @@ def measure_decoding(bench, batch, rounds):
     for v, seconds in in_turn(bench, rounds, [("dense", 0.0), *GATED], prepare).items():
         bench.use(*v)
         seen = context + (DECODE_STEPS - 1) / 2
-        yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen, held[v])
+        yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen) | {"cache_bytes": held[v]}
 
 
 def compare(rows, rate):
@@ -197,13 +182,12 @@ def compare(rows, rate):
 
 
 def table(rows):
-    yield ("mode    variant   sparsity  batch        ms   tokens/s  speed-up  of FLOPs  efficiency    MFU"
-           "     MiB")
+    yield "mode    variant   sparsity  batch        ms   tokens/s  speed-up  of FLOPs  efficiency    MFU"
     for r in rows:
         sparsity = "" if r["sparsity"] is None else f"{r['sparsity']:.2f}"
         yield (f"{r['mode']:8s}{r['variant']:9s}{sparsity:>9s}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
                f"{r['tokens_per_s']:11.0f}{r['speedup']:10.2f}{r['flops_speedup']:10.2f}"
-               f"{r['efficiency']:12.2f}{r['mfu']:7.2f}{r['peak_bytes'] / 2**20:8.0f}")
+               f"{r['efficiency']:12.2f}{r['mfu']:7.2f}")
 
 
 # ---- what is asked of a GPU -------------------------------------------------------------------------------
@@ -217,35 +201,20 @@ def host_waits(bench):
     return sum(e.count for e in waits), 1e-6 * sum(e.self_cpu_time_total for e in waits)
 
 
-def attend_captured(q, k, v, ln_g, layout):
-    """As the script's attend_flex, with ln g as a captured tensor, whose gradient is summed by atomic adds."""
-    start, *tables = layout.tables
-    mask = tgs.BlockMask((len(q),) * 2, *tables, BLOCK_SIZE=(tgs.ROWS, tgs.ROWS),
-                         mask_mod=lambda b, h, i, j: (i >= j) & (j >= start[i]))
-    heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = tgs.compiled(tgs.flex_attention)(
-        *heads_first, lambda score, b, h, i, j: score + ln_g[j], mask,
-        kernel_options=tgs.flex_options(q.shape[-1], q.dtype))
-    return out[0].transpose(0, 1)
-
-
-def carriers(bench):
-    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip, by what carries
-    ln g."""
+def carrying(bench):
+    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip: without ln g, and
+    with columns of q and k that carry it."""
     cfg, n = bench.cfg, tgs.padded_rows(bench.x.numel() // 2, True)
-    q, k, v = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=bench.rt.device, dtype=bench.rt.dtype,
-                          requires_grad=True)
-    ln_g = torch.rand(n, device=q.device).clamp(min=tgs.EPSILON).log().requires_grad_()
-    seq = torch.arange(n, device=q.device) // (cfg.max_seq_len // 2)
-    layout = tgs.make_layout(seq, q, q, int(seq[-1]) + 1, True)  # (the angles' number alone matters)
-    torch._dynamo.reset()  # the model's graphs count towards the same limit; beyond it Flex would run eagerly
-    seconds = {}
-    for attend in tgs.attend_flex, attend_captured:
-        def run():
-            attend(q, k, v, ln_g, layout).float().square().mean().backward()
+    qkv = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=bench.rt.device, dtype=bench.rt.dtype,
+                      requires_grad=True)
+    seq = torch.arange(n, device=qkv.device) // (cfg.max_seq_len // 2)
+    layout = tgs.make_layout(seq, seq, seq, int(seq[-1]) + 1, True)  # (angles, which attention does not see)
 
-        seconds[attend.__name__] = median([clock(bench.rt, run) for _ in range(8)][3:])  # (first it compiles)
-    return seconds
+    def seconds(ln_g):
+        run = lambda: tgs.attend_flex(*qkv, ln_g, layout).float().sum().backward()
+        return median([clock(bench.rt, run) for _ in range(8)][3:])  # (the first compile and warm up)
+
+    return {"without": seconds(None), "with": seconds(torch.zeros(n, device=qkv.device, requires_grad=True))}
 
 
 def gpu_tests(bench):
@@ -273,8 +242,8 @@ def beside_estimates(cfg, rows, gpu):
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
     "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
-    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what "
-                       "carries ln g, and the tests that need a GPU"),
+    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what carrying "
+                       "ln g costs, and the tests that need a GPU"),
 }
 FIELDS = [*tgs.SIZES, "norm", "device_batch_size", "device", "dtype", "compile", "records_dir"]
 
@@ -303,7 +272,7 @@ def run(args, explicit):
     print(f"matrix products alone: {rate / 1e9:.1f} GFLOP/s in {env['dtype']}", *table(rows), sep="\n")
     if args.gpu_report:  # what was measured is kept, should one of these fail
         print(*beside_estimates(cfg, rows, env["device"]), sep="\n")
-        for ask in host_waits, carriers, gpu_tests:
+        for ask in host_waits, carrying, gpu_tests:
             content[ask.__name__] = ask(bench)
             tool.write_json(path, content)
             print(f"{ask.__name__}: {content[ask.__name__]}")

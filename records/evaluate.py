@@ -92,7 +92,7 @@ class DepthTable:
 
     def __init__(self, cfg):
         encoding = get_encoding(cfg)
-        self.n_layers, self.end = cfg.n_layers, encoding.eot_token
+        self.end = encoding.eot_token
         text = [token_text(encoding, i) for i in range(cfg.vocab_size)]
         spaced = [" " if i == self.end else t for i, t in enumerate(text)]
         self.begins_word = torch.tensor([t[:1].isspace() for t in spaced])
@@ -103,9 +103,9 @@ class DepthTable:
             "position in what the model sees": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.SEEN)]}
         self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
 
-    def add(self, inputs, levels):
-        """A batch of tokens (B, T), and what the model's `span` leaves of them."""
-        depth, inputs = tool.blocks_run(levels, inputs.numel(), self.n_layers), inputs.cpu()
+    def add(self, inputs, depth):
+        """A batch of tokens (B, T), and how many blocks each ran."""
+        depth, inputs = depth.flatten(), inputs.cpu()
         begins = self.begins_word[inputs]
         begins[:, 1:] |= self.ends_word[inputs[:, :-1]]
         word = since(begins).clamp(max=self.WORD - 1)
@@ -167,7 +167,11 @@ def evaluate_shards(model, rt, depth_file):
     except UserError as e:
         print(f"WARNING: no table of depths: {e}", file=sys.stderr)
         depths = None
-    result = tgs.evaluate(model, cfg, rt, shards, watch=depths and depths.add)
+    def watch(inputs, levels):
+        if depths:
+            depths.add(inputs, tool.blocks_run(levels, inputs.numel(), cfg.n_layers))
+
+    result = tgs.evaluate(model, cfg, rt, shards, watch)
     nats, sparsity = result["cross_entropy"], mean(result["gate_zero"])
     print(f"cross_entropy {nats:.6f} nats a token over {result['tokens']} tokens")
     bits = nats / math.log(2) / bytes_per_token(shards)
@@ -182,7 +186,7 @@ def evaluate_shards(model, rt, depth_file):
         for name, depth, n in rows[:10] + rows[10:][-10:]:
             print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")
     if depth_file:
-        tool.new_file(depth_file, json.dumps(tables, indent=1))
+        json.dump(tables, open(depth_file, "x"), indent=1)
 
 
 main = tool.command(run, __doc__, OPTIONS, FIELDS)

@@ -249,7 +249,7 @@ def run(args, explicit):
     print(note, file=sys.stderr)
     if args.html:
         page = html_page(samples, cfg.n_layers, f"{Path(args.checkpoint).name}: {note}")
-        tool.new_file(args.html, page)
+        open(args.html, "x", encoding="utf-8").write(page)
 
 
 main = tool.command(run, __doc__, OPTIONS, tool.FIELDS)

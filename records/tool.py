@@ -84,11 +84,6 @@ def encode(cfg, text):
     return tokens
 
 
-def new_file(path, text):
-    with open(path, "x", encoding="utf-8") as f:
-        f.write(text)
-
-
 def write_json(path, content):
     text = json.dumps(content, indent=1) + "\n"
     tgs.write_atomically(path, lambda f: f.write(text.encode()))

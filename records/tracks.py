@@ -13,7 +13,6 @@ depend on what else runs, and costs are taken not from these runs but from `time
 needs the weights of gated rows, which git ignores: a seed without weights counts with the mean of its row's
 others. `pack` takes of a folder what records/archive.py says, and leaves weights where they are.
 """
-import dataclasses
 import os
 import subprocess
 import sys
@@ -34,10 +33,15 @@ MAY_DIFFER = {"name", "preset", "config", "device", "device_batch_size", "compil
 
 # ---- running ----------------------------------------------------------------------------------------------
 
-def settings_of(flags):
-    """All settings that these flags of the trainer make, but for those that a run finds out itself."""
+def resolved(flags):
+    """The Config that these flags of the trainer make, and the fields that they give."""
     _, given = tgs.parse_settings(tgs.Parser(), flags)
-    settings = dataclasses.asdict(tgs.resolve(given)[0])
+    return tgs.resolve(given)[0], given
+
+
+def settings_of(flags):
+    """All settings that these flags make, but for those that a run finds out itself."""
+    settings = vars(resolved(flags)[0])
     return {k: v for k, v in settings.items() if v is not None and k not in MAY_DIFFER}
 
 
@@ -82,36 +86,25 @@ def models(track, rows, folder):
     """(name, model, optimizers) of what is timed: a model without routers by its row's name, with new weights
     (they do not matter), and by its own name each other run, the last of its seed, whose weights are here."""
     runs = archive.newest(folder)
-    for row, (_, flags, _) in (rows | {track["unit"]: archive.rows_of(track)[track["unit"]]}).items():
-        _, given = tgs.parse_settings(tgs.Parser(), [*track["base"].split(), *flags])
-        cfg, _ = tgs.resolve(given)
+    for row, (_, flags, _) in rows.items():
+        flags = [*track["base"].split(), *flags, "--lr", "1e-30"]  # with which nothing changes
+        cfg, given = resolved(flags)
+        found = {run["name"]: folder / run["name"] for (of, _), run in runs.items() if of == row}
+        sides = {name: tool.of_checkpoint(str(place), given) for name, place in found.items()
+                 if cfg.n_routers and (place / "model.safetensors").exists()}
         if not cfg.n_routers:
-            yield row, *ready(cfg, None)
-            continue
-        places = [folder / run["name"] for (of, _), run in runs.items() if of == row]
-        places = [place for place in places if (place / "model.safetensors").exists()]
-        if not places:
+            sides[row] = cfg, None
+        if not sides:
             print(f"tracks.py: {row} is left out: no weights of it are here")
-        for place in places:
-            yield place.name, *ready(*tool.of_checkpoint(str(place), given))
-
-
-def ready(cfg, weights):
-    """A model, and optimizers that change nothing."""
-    model = tgs.build_model(cfg, tgs.Runtime(cfg), weights)
-    optimizers = tgs.make_optimizers(model, cfg).values()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-    return model, optimizers
+        for name, (cfg, weights) in sides.items():
+            model = tgs.build_model(cfg, tgs.Runtime(cfg), weights, name)
+            yield name, model, tgs.make_optimizers(model, cfg).values()
 
 
 def measure(track, rows, rounds, folder):
     """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, on the same
     validation text, in turn in this process: medians, and the medians of the rounds' ratios to the unit's (a
     machine that drifts moves both sides of a round)."""
-    if not track["unit"]:
-        raise RecordError("this track decides nothing: it has no unit to time its rows against")
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -182,9 +175,12 @@ def main(argv=None):
             raise RecordError(f"{args.of} is no track of records/tracks.toml")
         track = archive.TRACKS[args.of]
         rows = {name: row for name, row in archive.rows_of(track).items() if row.flags is not None}
-        if unknown := set(args.rows or ()) - set(rows):
-            raise RecordError(f"{min(unknown)} is no row of {args.of} in records/tracks.toml")
-        rows = {name: rows[name] for name in args.rows or rows}
+        names = args.rows or [*rows]
+        if args.what == "time":
+            names = {*names, track["unit"]}
+        if unknown := {*names} - {*rows}:
+            raise RecordError(f"'{min(unknown)}' is no row of {args.of} in records/tracks.toml")
+        rows = {name: rows[name] for name in names}
         if args.what == "run":
             return run(track, [*missing(track, rows, args.seeds or track["seeds"], folder, further)])
         measure(track, rows, args.rounds, folder)
