@@ -189,7 +189,7 @@ def check(run, curve):
     bounds = {"sparsity": [mean(s["gate_zero"])] * 2, "realised_flops_per_token": at_end,
               "tokens_per_s": [tokens / (s["train_seconds"] or math.inf)] * 2,
               "train_flops": [least * (1 - slack), most * (1 + slack)]}
-    for key, value in (last | {"control": c["control"], "n_layers": c["n_layers"]}).items():
+    for key, value in last.items():
         if s.get(key, value) != value:
             raise RecordError(f"summary.json has a {key} of {s[key]}, the rest of the record {value}")
     for key, (low, high) in bounds.items():
@@ -230,13 +230,17 @@ def lines(path):
     return found
 
 
+def by_name(path):
+    return {line["name"]: line for line in lines(path)}
+
+
 def runs(parent):
     """The runs of a folder, packed and live, in order of their names, which begin with the date."""
-    found = {run["name"]: run | {"state": "finished"} for run in lines(parent / "runs.jsonl")}
+    found = by_name(parent / "runs.jsonl")
     for path in parent.glob("*/config.json"):
         if path.parent.name not in found:  # (else it lies by a packed run's weights)
             found[path.parent.name] = live(path.parent)
-    return [found[name] for name in sorted(found)]
+    return [{"state": "finished"} | found[name] for name in sorted(found)]
 
 
 def newest(parent):
@@ -260,10 +264,8 @@ def measurement(path):
 def find(path):
     """The run of a live folder, be it still running, or of PARENT/NAME, a packed run: with its validations,
     and its curve. RecordError where there is none."""
-    for run in lines(path.parent / "runs.jsonl"):
-        if run["name"] == path.name:
-            curves = {line["name"]: line for line in lines(path.parent / "curves.jsonl")}
-            return run, curves[path.name]
+    if run := by_name(path.parent / "runs.jsonl").get(path.name):
+        return run, by_name(path.parent / "curves.jsonl")[path.name]
     try:
         run = live(path)
         validations, curve = course(read_events(path), run["config"])
@@ -283,7 +285,7 @@ def pack(folder):
         if (folder / f"{kind}.json").exists():
             add(parent / f"{kind}.jsonl", measurement(folder / f"{kind}.json"))
             return removed(folder, [folder / f"{kind}.json"])
-    run = next((run for run in lines(parent / "runs.jsonl") if run["name"] == name), None)
+    run = by_name(parent / "runs.jsonl").get(name)
     if run is None:
         run = live(folder)
         if run["state"] != "finished":
@@ -316,18 +318,16 @@ def add(path, line):
     """Append a line, unless it is there. RecordError where another of this name is."""
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # (those who pack at once take turns)
-        found = lines(path)
-        file.seek(0)
-        content = file.read()
+        found, content = by_name(path), path.read_bytes()
         if len(found) > content.count(b"\n"):
             write(file, b"\n")
         else:
             file.truncate(content.rfind(b"\n") + 1)  # what a kill left of a line
-        same = [sealed(old) for old in found if old["name"] == line["name"]]
-        if same and same != [sealed(line)]:
-            raise RecordError(f"{path} has another of the name {line['name']}: rename its folder")
-        if not same:
+        same = found.get(line["name"])
+        if same is None:
             write(file, f"{sealed(line)}\n".encode())
+        elif sealed(same) != sealed(line):
+            raise RecordError(f"{path} has another of the name {line['name']}: rename its folder")
 
 
 def removed(folder, paths):

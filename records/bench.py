@@ -265,8 +265,7 @@ def run(args, explicit):
     rate = flops / median(bench.product_seconds)
     compare(rows, rate)
     env = tgs.environment(bench.rt, {})
-    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg), "env": env,
-               "matmul_flops_per_s": rate, "rows": rows}
+    content = {"config": dataclasses.asdict(cfg), "env": env, "matmul_flops_per_s": rate, "rows": rows}
     path = tgs.make_folder(Path(cfg.records_dir), "bench") / "bench.json"
     tool.write_json(path, content)
     print(f"matrix products alone: {rate / 1e9:.1f} GFLOP/s in {env['dtype']}", *table(rows), sep="\n")

@@ -30,35 +30,31 @@ FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
 
 @torch.no_grad()
-def token_losses(model, rt, rows):
-    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens), a list
-    of tensors, and the summed statistics of `span`. Rows of different lengths are packed together."""
-    losses, stats, B = [], 0, model.cfg.device_batch_size
-    for batch in (rows[i:i + B] for i in range(0, len(rows), B)):
-        packed = [(t, seq, pos) for seq, row in enumerate(batch) for pos, t in enumerate(row[:-1])]
-        inputs, seq, pos = torch.tensor(packed, device=rt.device).T.contiguous()
-        with rt.autocast():
-            h, levels = model.hidden(inputs, seq, pos, len(batch))
-            for x, row in zip(h.split([len(row) - 1 for row in batch]), batch):
-                target = torch.tensor(row[1:], device=rt.device)
-                losses.append(F.cross_entropy(model.output(x).float(), target, reduction="none"))
-        stats += torch.stack([tgs.gate_sums(g, layout) for g, layout, _ in levels]).cpu()
-    return losses, stats
+def token_losses(model, rt, row):
+    """Cross-entropy in nats of every token but the first of a row of at most max_seq_len + 1, and every level's
+    `gate_sums`."""
+    tokens = torch.tensor(row, device=rt.device)
+    pos = torch.arange(len(row) - 1, device=rt.device)
+    with rt.autocast():
+        h, levels = model.hidden(tokens[:-1], torch.zeros_like(pos), pos, 1)
+        losses = F.cross_entropy(model.output(h).float(), tokens[1:], reduction="none")
+    return losses, torch.stack([tgs.gate_sums(g, layout) for g, layout, _ in levels])
 
 
 def evaluate_text(model, rt, path):
     """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
     cfg, text = model.cfg, path.read_text("utf-8", "replace")
     tokens = encode(cfg, text)
-    rows = [tokens[i:i + cfg.max_seq_len + 1] for i in range(0, len(tokens) - 1, cfg.max_seq_len)]
-    if not rows:
+    n, nats, stats = len(tokens) - 1, 0.0, 0
+    if n == 0:
         raise UserError(f"--text {path} is empty")
-    losses, stats = token_losses(model, rt, rows)
-    nats, n = torch.cat(losses).sum().item(), len(tokens) - 1
+    for start in range(0, n, cfg.max_seq_len):
+        losses, sums = token_losses(model, rt, tokens[start:start + cfg.max_seq_len + 1])
+        nats += losses.sum().item()
+        stats += sums
     sparsity = mean(tgs.gate_report(cfg, stats, n)["gate_zero"])
-    bits = nats / math.log(2) / len(text.encode())
-    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {bits:.4f} bits a byte, "
-            f"sparsity {sparsity:.4f}, {n} tokens")
+    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {nats / math.log(2) / len(text.encode()):.4f} "
+            f"bits a byte, sparsity {sparsity:.4f}, {n} tokens")
 
 
 def evaluate_hellaswag(model, rt, path):
@@ -72,9 +68,11 @@ def evaluate_hellaswag(model, rt, path):
             endings[label]
         except (ValueError, LookupError, TypeError):
             raise UserError(f"--hellaswag {path}: line {number} is not a question (ctx, endings, label)")
-        start, ends = encode(cfg, context), [encode(cfg, " " + e)[1:] for e in endings]
-        losses, _ = token_losses(model, rt, [(start + e)[-cfg.max_seq_len - 1:] for e in ends])
-        scores = [x[-len(e):] for x, e in zip(losses, ends)]
+        scores = []
+        for end in endings:
+            end = encode(cfg, f" {end}")[1:]
+            row = encode(cfg, context) + end
+            scores.append(token_losses(model, rt, row[-cfg.max_seq_len - 1:])[0][-len(end):])
         right.append([torch.stack([f(x) for x in scores]).argmin().item() == label
                       for f in (torch.mean, torch.sum)])
     if not right:
@@ -186,7 +184,8 @@ def evaluate_shards(model, rt, depth_file):
         for name, depth, n in rows[:10] + rows[10:][-10:]:
             print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")
     if depth_file:
-        json.dump(tables, open(depth_file, "x"), indent=1)
+        with open(depth_file, "x") as f:
+            json.dump(tables, f, indent=1)
 
 
 main = tool.command(run, __doc__, OPTIONS, FIELDS)

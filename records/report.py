@@ -133,14 +133,13 @@ class Comparison:
         """(cost, row) of the dense rows of a line, the cheapest first; their times those of a measurement, if
         it has several of them."""
         found = [r for r in self.rows.values() if r.dense and r.line == line]
+        costs = {r: r.cost(cost) for r in found if r.cost(cost) > 0}
         here = [r for r in found if r.name in measured]
-        points = [(r.cost(cost), r) for r in found if r.cost(cost) > 0]
         if cost in TIMED and len(here) > 1:
-            points = [(measured[r.name][TIMED[cost]], r) for r in here]
-        if cost == "training time" and len(here) > 1:  # measured is a step's
-            steps = self.rows[self.track["unit"]].steps
-            points = [(x * r.steps / steps, r) for x, r in points]
-        return sorted(points, key=lambda point: point[0])
+            costs = {r: measured[r.name][TIMED[cost]] for r in here}
+            if cost == "training time":  # measured is a step's
+                costs = {r: costs[r] * r.steps / self.rows[self.track["unit"]].steps for r in here}
+        return sorted(zip(costs.values(), costs), key=lambda point: point[0])
 
     def against_line(self, row, cost):
         """What `welch` says of a row and the line through the dense rows of its regime, each seed at its own
@@ -238,7 +237,7 @@ def bench_table(bench):
     """Ratios to dense, which hold on a shared machine too, since variants alternate."""
     rows = bench.get("growth") or bench["rows"]
     keys = ["mode", "batch", "variant", "sparsity", "speedup", "efficiency", "grows", "size", "over_flops"]
-    return markdown(f"{bench['name']}: {bench['device']}, {bench['dtype']}", rows,
+    return markdown(f"{bench['name']}: {bench['env']['device']}, {bench['env']['dtype']}", rows,
                     [k for k in keys if k in rows[0]], 0)
 
 
@@ -266,7 +265,7 @@ def draw_track(c, path):
 
 def faults(folder):
     """What is wrong with the records of a folder, a sentence each."""
-    curves = {line["name"]: line for line in archive.lines(folder / "curves.jsonl")}
+    curves = archive.by_name(folder / "curves.jsonl")
     for run in archive.runs(folder):
         try:
             if run["state"].startswith("damaged"):

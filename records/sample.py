@@ -138,17 +138,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed)
     limit = [min(len(prompt) + max_new_tokens, model.cfg.max_seq_len) for prompt in prompts]
     out = [[] for _ in prompts]
-    new = {b: [(t, None) for t in prompt] for b, prompt in enumerate(prompts)}
+    new = dict(enumerate(prompts))  # tokens of the rows that go on
+    p = dict.fromkeys(new)
     while new:
-        logits, depth = decoder.append({b: [t for t, _ in row] for b, row in new.items()})
+        logits, depth = decoder.append(new)
         depth = iter(depth.tolist())
         for b, row in new.items():
-            out[b] += [Token(t, next(depth), p) for t, p in row]
+            out[b] += [Token(t, next(depth), p[b]) for t in row]
         logits = logits[:, :n_vocab]
         picked = choose(logits, temperature, top_k, top_p, generator)
-        p = logits.softmax(-1).gather(1, picked[:, None])[:, 0]
-        drawn = zip(new, picked.tolist(), p.tolist())
-        new = {b: [(t, p)] for b, t, p in drawn
+        p = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))
+        new = {b: [t] for b, t in zip(new, picked.tolist())
                if len(out[b]) < limit[b] and (out[b][-1].p is None or out[b][-1].id != stop)}
     return out, decoder.bytes()
 
@@ -249,7 +249,8 @@ def run(args, explicit):
     print(note, file=sys.stderr)
     if args.html:
         page = html_page(samples, cfg.n_layers, f"{Path(args.checkpoint).name}: {note}")
-        open(args.html, "x", encoding="utf-8").write(page)
+        with open(args.html, "x", encoding="utf-8") as f:
+            f.write(page)
 
 
 main = tool.command(run, __doc__, OPTIONS, tool.FIELDS)

@@ -89,26 +89,25 @@ def opening_lines(run):
     if len(aims) == 1:
         yield "with 2 blocks there is one level, whose target is --mean_target_start"
     yield f"weights: {c['init_from'] or 'new'}"
-    tokens = {split: min(sum(shard["tokens"] for shard in shards), c[f"{split}_tokens"] or math.inf)
-              for split, shards in env["shards"].items()}
-    yield (f"data: {tokens['train']:,} training tokens, {tokens['val']:,} for validation; {c['num_steps']} "
-           f"steps of {c['batch_size']} x {c['max_seq_len']} tokens")
+    for split, shards in env["shards"].items():
+        tokens = min(sum(shard["tokens"] for shard in shards), c[f"{split}_tokens"] or math.inf)
+        yield f"{split}: {tokens:,} tokens"
+    yield f"steps: {c['num_steps']} of {c['batch_size']} x {c['max_seq_len']} tokens"
 
 
 def warnings(run):
-    """The paper's ways to fail that the last of the validations shows."""
+    """(the paper's way to fail, what to do) where the last of the validations shows one."""
     c, last = run["config"], run["validations"][-1]
     losses = [v["cross_entropy"] for v in run["validations"]]
     asked = c["control"] in MOVING and min(targets(c)) < 0.95
     if asked and 2 * last["step"] >= c["num_steps"] and max(last["gate_zero"]) < 0.01:
-        yield ("WARNING: collapse to dense: no gate is closed although the targets ask for it; try a larger "
-               "--coef_update")
+        yield "collapse to dense", ("no gate is closed although the targets ask for it; try a larger "
+                                    "--coef_update")
     if losses[-1] > losses[0] + 0.1:
-        yield ("WARNING: divergence: validation loss is above where it began; try a lower --lr or --norm "
-               "sandwich")
+        yield "divergence", "validation loss is above where it began; try a lower --lr or --norm sandwich"
     elif losses[-1] > min(losses) + 0.2:
-        yield (f"WARNING: collapse of performance: validation loss was {min(losses):.4f}; try a smaller "
-               "--coef_update")
+        yield "collapse of performance", (f"validation loss was {min(losses):.4f}; try a smaller "
+                                          "--coef_update")
 
 
 def closing_lines(run):
@@ -145,11 +144,10 @@ def step_lines(c, steps):
     """What its events tell of the time of a training step: beside its first, and of ranks that wait."""
     tenth = len(steps) // 10
     if tenth > 1 and c["control"] != "dense":
-        first, last = steps[:tenth], steps[-tenth:]
-        before, after = (median(e["tokens_per_s"] for e in part) for part in (first, last))
-        open_, closed = (mean(mean(e["gate_zero"]) for e in part) for part in (first, last))
-        yield (f"a training step took {before / after:.2f} of its first time: {closed:.0%} of the gates are "
-               f"closed in the last tenth of the steps, {open_:.0%} in the first")
+        first, last = ((median(e["tokens_per_s"] for e in part), mean(mean(e["gate_zero"]) for e in part))
+                       for part in (steps[:tenth], steps[-tenth:]))
+        yield (f"a training step took {first[0] / last[0]:.2f} of its first time: {last[1]:.0%} of the gates "
+               f"are closed in the last tenth of the steps, {first[1]:.0%} in the first")
     if steps and "rank_imbalance" in steps[-1]:
         yield (f"the busiest rank has {mean(e['rank_imbalance'] for e in steps):.3f} of the mean number of "
                "active tokens")
@@ -169,7 +167,7 @@ def show(args):
     if args.plot:
         plot(run, curve, log.with_name("plot.png") if "folder" in run else Path(f"{args.record}.png"))
         said = log.read_text() if log.exists() else ""
-        lines = [line for line in warnings(run) if line[:22] not in said]  # as far as the way is named
+        lines = [f"WARNING: {way}: {advice}" for way, advice in warnings(run) if f"WARNING: {way}" not in said]
     for line in lines:
         print(line)
         if args.log:
