@@ -41,9 +41,9 @@ class Parser(argparse.ArgumentParser):
         raise RecordError(f"{message} (see --help)")
 
 
-def command(run, doc, arguments):
+def command(module, run, doc, arguments):
     """A tool's main(argv), which returns the exit status: what run(args) returns; or, where it fails by what a
-    user can mend, 2, and one line says what."""
+    user can mend, 2, and one line says what. Where `module` is the program, it runs."""
     def main(argv=None):
         parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         for name, how in arguments.items():
@@ -54,6 +54,8 @@ def command(run, doc, arguments):
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
             return 2
 
+    if module == "__main__":
+        sys.exit(main())
     return main
 
 

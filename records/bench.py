@@ -8,9 +8,8 @@
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed
 drifts. `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T,
 T) mask, float32 softmax by hand, full logits. `gated` skips a given share of the tokens at the first router,
-so sparsity is exact. MFU is the share of the machine's own matrix-product rate, measured in turn with them on
-the products of a forward pass. Speed-up is against `dense`; efficiency is the measured speed-up over the
-FLOPs' own. Writes records_dir/..._bench/bench.json.
+so sparsity is exact. FLOPs are those that are run. Speed-up is against `dense`; efficiency is the measured
+speed-up over the FLOPs' own. Writes records_dir/..._bench/bench.json.
 """
 import dataclasses
 import subprocess
@@ -63,9 +62,6 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.x = torch.randint(cfg.vocab_size, (cfg.device_batch_size, cfg.max_seq_len), device=rt.device)
         self.prompts = dict(enumerate(self.x.tolist()))
-        weights = [p.detach().to(rt.dtype) for p in self.model.layers[0].parameters() if p.ndim == 2]
-        self.products = [(w.new_ones(self.x.numel(), w.shape[1]), w.t()) for w in weights]
-        self.product_seconds = []
 
     def gates(self, h, S, l, layout):
         """The first router at its full cost, with an answer that is given: skipped[i] of the i-th token."""
@@ -111,7 +107,7 @@ class Bench:
         heads = tokens if mode == "train" else batch  # tokens whose logits are computed
         unseen = 2 * (tokens - heads) * cfg.dim * cfg.vocab_size
         flops = (tgs.realised_flops(cfg, stats, tokens) - unseen) / tokens
-        return {"mode": mode, "variant": variant, "sparsity": sparsity if variant == "gated" else None,
+        return {"mode": mode, "variant": variant, "sparsity": sparsity,
                 "batch": batch, "seconds": seconds, "tokens_per_s": tokens / seconds,
                 "flops_per_token": 3 * flops if mode == "train" else flops}
 
@@ -132,7 +128,6 @@ def in_turn(bench, rounds, variants, prepare):
     """Median seconds of each variant; prepare(*variant) gives what is timed."""
     seconds = {v: [] for v in variants}
     for _ in range(rounds + 1):
-        bench.product_seconds.append(clock(bench.rt, lambda: [x @ w for x, w in bench.products]))
         for v in variants:
             bench.use(*v)
             seconds[v].append(clock(bench.rt, prepare(*v)))
@@ -150,12 +145,11 @@ def measure_batches(bench, mode, rounds):
 
 def measure_decoding(bench, batch, rounds):
     """Rows of decoding after a context of T / 2 tokens: seconds of a step, one token a sequence."""
-    context, held = bench.cfg.max_seq_len // 2, {}
+    context = bench.cfg.max_seq_len // 2
 
     def prepare(*v):
         decoder = sample.Decoder(bench.model, batch)
         append(decoder, context, [bench.skip(v[1], batch * context)])
-        held[v] = decoder.bytes()
         skips = bench.skip(v[1], batch * DECODE_STEPS).view(DECODE_STEPS, batch)
         return lambda: append(decoder, 1, skips)
 
@@ -167,27 +161,25 @@ def measure_decoding(bench, batch, rounds):
     for v, seconds in in_turn(bench, rounds, [("dense", 0.0), *GATED], prepare).items():
         bench.use(*v)
         seen = context + (DECODE_STEPS - 1) / 2
-        yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen) | {"cache_bytes": held[v]}
+        yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen)
 
 
-def compare(rows, rate):
-    """Add to each row what it is against the dense one, and against the machine's own rate."""
+def compare(rows):
+    """Add to each row what it is against the dense one."""
     against = {(r["mode"], r["batch"]): r for r in rows if r["variant"] == "dense"}
     for r in rows:
         side = against[r["mode"], r["batch"]]
         r["speedup"] = side["seconds"] / r["seconds"]
         r["flops_speedup"] = side["flops_per_token"] / r["flops_per_token"]
         r["efficiency"] = r["speedup"] / r["flops_speedup"]
-        r["mfu"] = r["tokens_per_s"] * r["flops_per_token"] / rate
 
 
 def table(rows):
-    yield "mode    variant   sparsity  batch        ms   tokens/s  speed-up  of FLOPs  efficiency    MFU"
+    yield "mode    variant   sparsity  batch        ms   tokens/s    GFLOP/s  speed-up  of FLOPs  efficiency"
     for r in rows:
-        sparsity = "" if r["sparsity"] is None else f"{r['sparsity']:.2f}"
-        yield (f"{r['mode']:8s}{r['variant']:9s}{sparsity:>9s}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
-               f"{r['tokens_per_s']:11.0f}{r['speedup']:10.2f}{r['flops_speedup']:10.2f}"
-               f"{r['efficiency']:12.2f}{r['mfu']:7.2f}")
+        yield (f"{r['mode']:8s}{r['variant']:9s}{r['sparsity']:9.2f}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
+               f"{r['tokens_per_s']:11.0f}{r['tokens_per_s'] * r['flops_per_token'] / 1e9:11.1f}"
+               f"{r['speedup']:10.2f}{r['flops_speedup']:10.2f}{r['efficiency']:12.2f}")
 
 
 # ---- what is asked of a GPU -------------------------------------------------------------------------------
@@ -224,19 +216,6 @@ def gpu_tests(bench):
     return (done.stdout + done.stderr).splitlines()[-1]
 
 
-def beside_estimates(cfg, rows, gpu):
-    """A line for each training row: its measured time beside plan.py's estimate for this GPU."""
-    sheet = next((known for known in plan.DEVICES if known in gpu), "H100")
-    yield f"training step of one micro-batch, ms: measured here ({gpu}), and estimated by plan.py ({sheet})"
-    for r in rows:
-        if r["mode"] == "train" and r["variant"] != "eager":
-            side = cfg if r["variant"] == "gated" else dense(cfg)
-            sparsity = r["sparsity"] or 0.0
-            estimate = plan.step(side, sparsity, sheet, 1, 1)["seconds"]
-            yield (f"{r['variant']} {sparsity:.0%}: measured {1e3 * r['seconds']:.1f}, "
-                   f"estimated {1e3 * estimate:.1f}")
-
-
 # ---- command line -----------------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -261,16 +240,15 @@ def run(args, explicit):
                 rows += measure_decoding(bench, batch, args.rounds)
         else:
             rows += measure_batches(bench, mode, args.rounds)
-    flops = sum(2 * len(x) * w.numel() for x, w in bench.products)
-    rate = flops / median(bench.product_seconds)
-    compare(rows, rate)
+    compare(rows)
     env = tgs.environment(bench.rt, {})
-    content = {"config": dataclasses.asdict(cfg), "env": env, "matmul_flops_per_s": rate, "rows": rows}
+    content = {"config": dataclasses.asdict(cfg), "env": env, "rows": rows}
     path = tgs.make_folder(Path(cfg.records_dir), "bench") / "bench.json"
     tool.write_json(path, content)
-    print(f"matrix products alone: {rate / 1e9:.1f} GFLOP/s in {env['dtype']}", *table(rows), sep="\n")
+    print(*table(rows), sep="\n")
     if args.gpu_report:  # what was measured is kept, should one of these fail
-        print(*beside_estimates(cfg, rows, env["device"]), sep="\n")
+        sheet = next((known for known in plan.DEVICES if known in env["device"]), "H100")
+        print(*plan.lines(cfg, [s for _, s in GATED], sheet, 1e10), sep="\n")
         for ask in host_waits, carrying, gpu_tests:
             content[ask.__name__] = ask(bench)
             tool.write_json(path, content)
@@ -278,7 +256,4 @@ def run(args, explicit):
     print(f"record: {path.parent}")
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

@@ -240,7 +240,4 @@ def run(args, explicit):
     print(f"wrote {args.out}")
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

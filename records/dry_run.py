@@ -3,7 +3,6 @@ builds what it would build, holds the disk against its checkpoints, says what it
 """
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import tool
@@ -55,7 +54,4 @@ def run(args, explicit):
         print(*found, sep="\n")
 
 
-main = tool.command(run, __doc__, {"dry_run": dict(action="store_true", help="this")}, tgs.FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, {"dry_run": dict(action="store_true", help="this")}, tgs.FIELDS)

@@ -188,7 +188,4 @@ def evaluate_shards(model, rt, depth_file):
             json.dump(tables, f, indent=1)
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

@@ -12,7 +12,6 @@ tested against torch's own counts; the shares are assumptions, printed with the 
 skipped at the first router. MFU counts the model's own FLOPs (no masked pairs, no recomputation).
 """
 import math
-import sys
 
 import torch
 
@@ -136,7 +135,4 @@ def run(args, explicit):
     print(*lines(cfg, args.sparsity if cfg.gated else [], args.device_name, args.tokens), sep="\n")
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

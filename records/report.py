@@ -339,9 +339,6 @@ def run(args):
     return 0
 
 
-main = archive.command(run, __doc__, {
+main = archive.command(__name__, run, __doc__, {
     "folder": dict(nargs="?", type=Path, default=Path(__file__).parent, help="(default: records)"),
     "--verify": dict(action="store_true", help="only check, and say what disagrees")})
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -253,7 +253,4 @@ def run(args, explicit):
             f.write(page)
 
 
-main = tool.command(run, __doc__, OPTIONS, tool.FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, tool.FIELDS)

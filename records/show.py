@@ -7,7 +7,6 @@ validation and at its end; it reads the record alone, and needs neither torch no
 """
 import math
 import os
-import sys
 from pathlib import Path
 from statistics import fmean as mean, median
 
@@ -176,11 +175,8 @@ def show(args):
     return 0
 
 
-main = archive.command(show, __doc__, {
+main = archive.command(__name__, show, __doc__, {
     "record": dict(type=Path, help="a run's folder, or PARENT/NAME of a packed one"),
     "--plot": dict(action="store_true", help="draw it, and warn of a run that fails, instead"),
     "--opening": dict(action="store_true", help="where, on what and of what it is, instead"),
     "--log": dict(action="store_true", help="append what is said to its log.txt, too")})
-
-if __name__ == "__main__":
-    sys.exit(main())

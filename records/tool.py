@@ -20,9 +20,10 @@ GATES = ["control", "mean_target_start", "mean_target_end", "seed"]  # which dec
 FIELDS = [*GATES, "norm", "gate_attention", "compute", "encoding", "device", "dtype", "compile"]
 
 
-def command(run, doc, options, fields):
-    """A tool's main(argv), which returns the exit status. run(args, explicit) gets the tool's own flags, of
-    `options`, and those of Config's `fields` that were given; `doc` is its docstring."""
+def command(module, run, doc, options, fields):
+    """A tool's main(argv), which returns the exit status; where its `module` is the program, it runs.
+    run(args, explicit) gets the tool's own flags, of `options`, and those of Config's `fields` that were given;
+    `doc` is its docstring."""
     def main(argv=None):
         def body():
             parser = tgs.Parser(description=doc, allow_abbrev=False,
@@ -39,6 +40,8 @@ def command(run, doc, options, fields):
 
         return tgs.exit_status(body)
 
+    if module == "__main__":
+        sys.exit(main())
     return main
 
 

@@ -186,7 +186,7 @@ def main(argv=None):
         measure(track, rows, args.rounds, folder)
         return 0
 
-    return tgs.exit_status(lambda: archive.command(act, __doc__, ARGUMENTS)(given[:cut]))
+    return tgs.exit_status(lambda: archive.command("", act, __doc__, ARGUMENTS)(given[:cut]))
 
 
 ARGUMENTS = {
