@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(module, run, doc, arguments):
-    """A tool's main(argv), which returns the exit status: what run(args) returns; or, where it fails by what a
-    user can mend, 2, and one line says what. Where `module` is the program, it runs."""
+    """A tool's main(argv), which returns the exit status: what run(args) returns; or, where it fails by what
+    a user can mend, 2, and one line says what. Where `module` is the program, it runs."""
     def main(argv=None):
         parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         for name, how in arguments.items():

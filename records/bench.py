@@ -125,21 +125,22 @@ def clock(rt, run):
 
 
 def in_turn(bench, rounds, variants, prepare):
-    """Median seconds of each variant; prepare(*variant) gives what is timed."""
+    """Each variant, in use, and its median seconds; prepare(*variant) gives what is timed."""
     seconds = {v: [] for v in variants}
     for _ in range(rounds + 1):
         for v in variants:
             bench.use(*v)
             seconds[v].append(clock(bench.rt, prepare(*v)))
-    return {v: median(seconds[v][1:]) for v in variants}  # (the first warms up)
+    for v in variants:
+        bench.use(*v)
+        yield v, median(seconds[v][1:])  # (the first warms up)
 
 
 def measure_batches(bench, mode, rounds):
     """Rows of training steps or prefills: eager, dense, and gated at every sparsity, in turn."""
     B, T = bench.x.shape
     variants = [("eager", 0.0), ("dense", 0.0), *GATED]
-    for v, seconds in in_turn(bench, rounds, variants, lambda *v: lambda: getattr(bench, mode)(v[0])).items():
-        bench.use(*v)
+    for v, seconds in in_turn(bench, rounds, variants, lambda *v: lambda: getattr(bench, mode)(v[0])):
         yield bench.row(mode, *v, B, seconds, B * T, (T - 1) / 2)
 
 
@@ -158,9 +159,8 @@ def measure_decoding(bench, batch, rounds):
             with bench.rt.autocast():
                 decoder.append(dict.fromkeys(range(batch), [1] * n))
 
-    for v, seconds in in_turn(bench, rounds, [("dense", 0.0), *GATED], prepare).items():
-        bench.use(*v)
-        seen = context + (DECODE_STEPS - 1) / 2
+    seen = context + (DECODE_STEPS - 1) / 2
+    for v, seconds in in_turn(bench, rounds, [("dense", 0.0), *GATED], prepare):
         yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen)
 
 
@@ -194,19 +194,15 @@ def host_waits(bench):
 
 
 def carrying(bench):
-    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip: without ln g, and
-    with columns of q and k that carry it."""
-    cfg, n = bench.cfg, tgs.padded_rows(bench.x.numel() // 2, True)
-    qkv = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=bench.rt.device, dtype=bench.rt.dtype,
-                      requires_grad=True)
-    seq = torch.arange(n, device=qkv.device) // (cfg.max_seq_len // 2)
-    layout = tgs.make_layout(seq, seq, seq, int(seq[-1]) + 1, True)  # (angles, which attention does not see)
-
-    def seconds(ln_g):
-        run = lambda: tgs.attend_flex(*qkv, ln_g, layout).float().sum().backward()
-        return median([clock(bench.rt, run) for _ in range(8)][3:])  # (the first compile and warm up)
-
-    return {"without": seconds(None), "with": seconds(torch.zeros(n, device=qkv.device, requires_grad=True))}
+    """Seconds of a training step with all gates open, without and with ln g in attention."""
+    bench.use(*GATED[0])
+    seconds = {}
+    for carries in False, True:
+        for block in bench.model.layers:
+            block.gate_keys = carries
+        measured = [clock(bench.rt, lambda: bench.train("gated")) for _ in range(8)]
+        seconds[f"gate_keys {carries}"] = median(measured[3:])  # (the first compile and warm up)
+    return seconds
 
 
 def gpu_tests(bench):
@@ -221,8 +217,8 @@ def gpu_tests(bench):
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
     "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
-    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what carrying "
-                       "ln g costs, and the tests that need a GPU"),
+    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what ln g in "
+                       "attention costs, and the tests that need a GPU"),
 }
 FIELDS = [*tgs.SIZES, "norm", "device_batch_size", "device", "dtype", "compile", "records_dir"]
 

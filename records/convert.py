@@ -73,7 +73,7 @@ class HubModel(tgs.MiddleSkippingTransformer, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision=None, **given):
-        explicit = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
+        explicit = {k: v for k, v in given.items() if k in tgs.FIELDS}
         settings, state = read(str(model_id), revision)
         # which no weight fixes:
         settings["max_seq_len"] = explicit.get("max_seq_len", settings.get("max_seq_len"))

@@ -1,5 +1,5 @@
-"""Check a run and start none: ./run.sh --dry_run, with the flags of the run. It reads what the run would read,
-builds what it would build, holds the disk against its checkpoints, says what it found, and writes nothing.
+"""Check a run and start none: ./run.sh --dry_run, with the flags of the run. It reads what the run would, builds
+what it would, holds the disk against its checkpoints, says what it found, and writes nothing.
 """
 import os
 import shutil
@@ -28,16 +28,16 @@ def lines(trainer):
     for name, shards in trainer.shards.items():
         yield (f"{name + ':':6s} {sum(map(len, shards.tokens)):,} tokens in {len(shards.paths)} shards, "
                f"{shards.paths[0]} to {shards.paths[-1].name}")
-    yield (f"model: {trainer.parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, weights "
-           f"{cfg.init_from or 'new'}")
+    yield (f"model: {trainer.parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, "
+           f"weights {cfg.init_from or 'new'}")
     yield (f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
            f"{steps / len(loader.steps):.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
            f"{cfg.device_batch_size} sequences a step")
     yield f"work:  {flops([1.0] * cfg.n_levels)} training FLOPs if no gate closes"
     if cfg.rule.targets:
         yield f"       {flops(tgs.mean_targets(cfg))} at the targets"
-    yield (f"bytes: a rank holds weights of {weights:,.1f} MB, gradients of as much, moments of at most twice "
-           "as much, and activations")
+    yield (f"bytes: a rank holds weights of {weights:,.1f} MB, gradients of as much, moments of at most "
+           "twice as much, and activations")
     yield (f"disk:  checkpoints of at most {3 * weights:,.1f} MB, {need:,.1f} MB in all; {free:,.1f} MB are "
            f"free in {folder}")
     yield f"{rt.device}, {rt.dtype}; nothing was written: start it without --dry_run"
@@ -49,9 +49,8 @@ def run(args, explicit):
         state, source = tgs.latest_checkpoint(Path(trainer.cfg.resume))
         if state:
             trainer.restore(state, source)
-    found = [*lines(trainer)]
     if trainer.rt.main:
-        print(*found, sep="\n")
+        print(*lines(trainer), sep="\n")
 
 
 main = tool.command(__name__, run, __doc__, {"dry_run": dict(action="store_true", help="this")}, tgs.FIELDS)

@@ -23,7 +23,8 @@ from tool import UserError, encode, get_encoding, tgs
 
 OPTIONS = tool.SOURCE | {
     "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
-    "text": dict(type=Path, nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
+    "text": dict(type=Path, nargs="+", default=[],
+                 help="score these texts instead: loss, bits a byte, sparsity"),
     "hellaswag": dict(type=Path, help="score a file like hellaswag_val.jsonl instead"),
 }
 FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
@@ -31,8 +32,8 @@ FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
 @torch.no_grad()
 def token_losses(model, rt, row):
-    """Cross-entropy in nats of every token but the first of a row of at most max_seq_len + 1, and every level's
-    `gate_sums`."""
+    """Cross-entropy in nats of every token but the first of a row of at most max_seq_len + 1, and every
+    level's `gate_sums`."""
     tokens = torch.tensor(row, device=rt.device)
     pos = torch.arange(len(row) - 1, device=rt.device)
     with rt.autocast():
@@ -53,8 +54,8 @@ def evaluate_text(model, rt, path):
         nats += losses.sum().item()
         stats += sums
     sparsity = mean(tgs.gate_report(cfg, stats, n)["gate_zero"])
-    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {nats / math.log(2) / len(text.encode()):.4f} "
-            f"bits a byte, sparsity {sparsity:.4f}, {n} tokens")
+    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, "
+            f"{nats / math.log(2) / len(text.encode()):.4f} bits a byte, sparsity {sparsity:.4f}, {n} tokens")
 
 
 def evaluate_hellaswag(model, rt, path):
@@ -92,13 +93,13 @@ class DepthTable:
         encoding = get_encoding(cfg)
         self.end = encoding.eot_token
         text = [token_text(encoding, i) for i in range(cfg.vocab_size)]
-        spaced = [" " if i == self.end else t for i, t in enumerate(text)]
-        self.begins_word = torch.tensor([t[:1].isspace() for t in spaced])
-        self.ends_word = torch.tensor([t[-1:].isspace() for t in spaced])
         self.names = {
             "token": [repr(t) for t in text],
             "position in the word": [*map(str, range(self.WORD - 1)), "later"],
             "position in what the model sees": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.SEEN)]}
+        text[self.end] = " "
+        self.begins_word = torch.tensor([t[:1].isspace() for t in text])
+        self.ends_word = torch.tensor([t[-1:].isspace() for t in text])
         self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
 
     def add(self, inputs, depth):
@@ -159,7 +160,7 @@ def evaluate_shards(model, rt, depth_file):
     cfg, shards = model.cfg, tgs.Shards(model.cfg, "val")
     if rt.compile:  # before the clock starts
         first = dataclasses.replace(cfg, val_tokens=cfg.device_batch_size * cfg.max_seq_len + 1)
-        tgs.evaluate(model, first, rt, tgs.Shards(first, "val"))
+        tgs.evaluate(model, cfg, rt, tgs.Shards(first, "val"))
     try:
         depths = DepthTable(cfg) if cfg.gated else None
     except UserError as e:

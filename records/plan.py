@@ -106,9 +106,9 @@ def lines(cfg, sparsities, device, tokens):
         t, k = micro_batch(c, s, device), counts(c, s)
         moved = k["pointwise"] + k["head_bytes"] + k["gather"] + k["gradients"]
         parts = "".join(f"{1e3 * seconds:11.2f}" for seconds in t.values())
-        more = " more than it has" if k["memory"] > held else ""
         yield (f"{label:>8s}{k['model_flops'] / 1e12:8.1f}{moved / 1e9:7.1f}{k['launches']:9d}{k['waits']:6d}"
-               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}{more}")
+               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}"
+               f"{' more than it has' if k['memory'] > held else ''}")
     yield f"\na step of {cfg.batch_size} sequences, and hours for {tokens:.3g} tokens"
     yield "  devices sparsity micro-batches  step ms averaging ms   tokens/s   hours"
     for machines, devices in (1, 1), (1, 4), (1, 8), (2, 8), (4, 8):

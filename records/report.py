@@ -3,9 +3,9 @@
     ./run.sh report [FOLDER]     # of FOLDER, which holds records (default: this one)
     ./run.sh report --verify     # read every number again; exit 2 if one is off
 
-It prints the tables of all records. Those of packed benchmarks and of the tracks of records/tracks.toml, whose
-runs lie in FOLDER/TRACK, it writes between two markers of FOLDER/README.md too, whose other text stays as it
-is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines.
+It prints the tables of all records. Those of packed benchmarks and of the tracks of records/tracks.toml,
+whose runs lie in FOLDER/TRACK, it writes between two markers of FOLDER/README.md too, whose other text stays
+as it is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines.
 
 --verify notices any changed number of a packed run, of a measurement, of a script or of the README's tables;
 and of a finished live run what its other files tell: its script, and the summary's loss, gates, sparsity,
@@ -47,8 +47,8 @@ def spread(values):
 
 
 def welch(differences, sides):
-    """(mean, p, least seeds of a side, standard error) of a row's differences by seed; p, one-sided, that they
-    lie as far below 0 by chance. Welch's t: to the variance of their mean comes that of what they are
+    """(mean, p, least seeds of a side, standard error) of a row's differences by seed; p, one-sided, that
+    they lie as far below 0 by chance. Welch's t: to the variance of their mean comes that of what they are
     differences to, the sum over sides (weight, standard deviation, seeds) of weight^2 variance / seeds."""
     sides = [(1.0, spread(differences), len(differences)), *sides]
     seeds, difference = min(n for *_, n in sides), mean(differences)
@@ -65,9 +65,9 @@ class Result:
 
     def __init__(self, name, known, runs, timed):
         c = runs[0]["config"]
-        wsd = ", wsd" if c.get("cooldown_fraction") else ""
+        # rows of the same share a dense line:
         self.line = (f"{c.get('optimizer', 'adamw')}, {c['num_steps']:,} steps of {c['batch_size']} x "
-                     f"{c['max_seq_len']}{wsd}")  # rows of the same share a dense line
+                     f"{c['max_seq_len']}{', wsd' if c.get('cooldown_fraction') else ''}")
         self.name = name
         self.what, _, self.dense = known or ("-", None, False)
         self.steps = c["num_steps"]
@@ -161,8 +161,7 @@ class Comparison:
         difference, p, seeds, *_ = found
         if seeds < self.track["seeds"]:
             return f"{difference:+.4f}: too few seeds"
-        said = f"{verb}s" if p < self.track["p"] else f"does not {verb}"
-        return f"{difference:+.4f}, p {p:.2g}: {said}"
+        return f"{difference:+.4f}, p {p:.2g}: {f'{verb}s' if p < self.track['p'] else f'does not {verb}'}"
 
 
 def shares(x, dense):

@@ -212,10 +212,11 @@ def html_page(samples, n_layers, title):
     """A self-contained page: the pieces of each sample shaded by depth, its prompt underlined."""
     def span(piece, token):
         color, dark = shade(token.depth / n_layers)
-        kind, p = (" class=prompt", "") if token.p is None else ("", f", p = {token.p:.3f}")
-        label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
+        label, kind = f"{piece!r}: {token.depth} of {n_layers} blocks", " class=prompt"
+        if token.p is not None:
+            label, kind = f"{label}, p = {token.p:.3f}", ""
         return (f'<span{kind} style="background:rgb{color};color:{"#fff" if dark else "#222"}" '
-                f'data-is="{label}">{escape(piece)}</span>')
+                f'data-is="{escape(label)}">{escape(piece)}</span>')
 
     scale = "".join(span(*t) for t in legend(n_layers))
     body = ["".join(span(*t) for t in text) for text in samples]
@@ -238,11 +239,10 @@ def run(args, explicit):
                              cfg.seed, encoding.eot_token, encoding.n_vocab)
     seconds, new = time.perf_counter() - start, sum(map(len, out)) - len(out) * len(prompt)
     samples = [pieces(row[1:], encoding) for row in out]
+    for text in samples:
+        print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(piece for piece, _ in text))
     if args.show_depth:
-        print(*(terminal_text(text, cfg.n_layers) for text in samples), sep="\n")
         print(f"blocks run: {terminal_text(legend(cfg.n_layers), cfg.n_layers)}")
-    else:
-        print(*("".join(piece for piece, _ in text) for text in samples), sep="\n")
     depth = mean(t.depth for row in out for t in row)
     note = (f"{new} new tokens, {new / seconds:.0f} tokens/s, {depth:.1f} of {cfg.n_layers} blocks a token, "
             f"cache {held:,} bytes")

@@ -45,12 +45,11 @@ def save(fig, path):
 
 def plot(run, curve, path):
     """Loss, mean gates and coefficients over steps, as one picture."""
-    steps, validations = curve["step"], run["validations"]
     panels = 3 if "gate_mean" in curve else 1
     fig, (loss, *rest) = canvas(panels, (1 + 5 * panels, 4.2))
-    loss.plot(steps, curve["cross_entropy"], color="0.7", lw=1, label="training")
-    loss.plot([v["step"] for v in validations], [v["cross_entropy"] for v in validations], "o-", ms=3,
-              color="C3", label="validation")
+    loss.plot(curve["step"], curve["cross_entropy"], color="0.7", lw=1, label="training")
+    steps, losses = zip(*((v["step"], v["cross_entropy"]) for v in run["validations"]))
+    loss.plot(steps, losses, "o-", ms=3, color="C3", label="validation")
     loss.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats a token)")
     loss.legend(frameon=False)
     if rest:
@@ -67,11 +66,12 @@ def draw_gates(gates, coefs, config, curve):
         ax.set_xlabel("step")
     gates.plot(curve["step"], curve["gate_mean"], label=[f"{l} and {L - 1 - l}" for l in range(L // 2)])
     gates.hlines(aims, 0, 1, colors[:len(aims)], ":", transform=gates.get_yaxis_transform())
-    gates.set(title="Mean gate (dotted: its target)" if aims else "Mean gate", ylim=(-0.02, 1.02))
+    gates.set(title=f"Mean gate{' (dotted: its target)' if aims else ''}", ylim=(-0.02, 1.02))
     coefs.plot(curve["step"], curve["mean_coef"])
     coefs.plot(curve["step"], curve["var_coef"], "--")
     coefs.set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
-    coefs.legend(handles=gates.lines, title="blocks", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    coefs.legend(handles=gates.lines, title="blocks", loc="center left", bbox_to_anchor=(1, 0.5),
+                 frameon=False)
 
 
 # ---- what there is to say ---------------------------------------------------------------------------------
@@ -84,7 +84,8 @@ def opening_lines(run):
            f"{env['packages']['torch']}, {env['dtype']}{', compiled' if env['compile'] else ''}")
     aims = targets(c)
     yield (f"model: {c['n_layers']} blocks, d {c['dim']}, {c['n_heads']} heads, {archive.parameters(c):,} "
-           f"parameters, control {c['control']}{f' to a mean gate of {aims[-1]} in the middle' if aims else ''}")
+           f"parameters, control {c['control']}"
+           f"{f' to a mean gate of {aims[-1]} in the middle' if aims else ''}")
     if len(aims) == 1:
         yield "with 2 blocks there is one level, whose target is --mean_target_start"
     yield f"weights: {c['init_from'] or 'new'}"
@@ -128,8 +129,8 @@ def closing_lines(run):
                "same size (forward and backward of one micro-batch, medians, measured at the end)")
     if ddp := s.get("ddp"):
         total, hidden = ddp["avg_backward_comm_time"], ddp["avg_backward_compute_comm_overlap_time"]
-        yield (f"averaging the gradients takes {total / 1e6:.1f} ms a step, of which {hidden / 1e6:.1f} ms are "
-               "hidden behind the backward pass")
+        yield (f"averaging the gradients takes {total / 1e6:.1f} ms a step, of which {hidden / 1e6:.1f} ms "
+               "are hidden behind the backward pass")
     if "folder" in run:
         steps = [e for e in archive.read_events(run["folder"]) if e["kind"] == "train"]
         yield from step_lines(c, steps)
@@ -166,7 +167,8 @@ def show(args):
     if args.plot:
         plot(run, curve, log.with_name("plot.png") if "folder" in run else Path(f"{args.record}.png"))
         said = log.read_text() if log.exists() else ""
-        lines = [f"WARNING: {way}: {advice}" for way, advice in warnings(run) if f"WARNING: {way}" not in said]
+        lines = [f"WARNING: {way}: {advice}" for way, advice in warnings(run)
+                 if f"WARNING: {way}" not in said]
     for line in lines:
         print(line)
         if args.log:

@@ -22,8 +22,8 @@ FIELDS = [*GATES, "norm", "gate_attention", "compute", "encoding", "device", "dt
 
 def command(module, run, doc, options, fields):
     """A tool's main(argv), which returns the exit status; where its `module` is the program, it runs.
-    run(args, explicit) gets the tool's own flags, of `options`, and those of Config's `fields` that were given;
-    `doc` is its docstring."""
+    run(args, explicit) gets the tool's own flags, of `options`, and those of Config's `fields` that were
+    given; `doc` is its docstring."""
     def main(argv=None):
         def body():
             parser = tgs.Parser(description=doc, allow_abbrev=False,

@@ -47,7 +47,8 @@ def settings_of(flags):
 
 def missing(track, rows, seeds, folder, more):
     """(what, flags) of each run that is not recorded, seed by seed."""
-    found, place = archive.runs(folder), os.path.relpath(folder, ROOT)
+    found = archive.runs(folder)
+    place = os.path.relpath(folder, ROOT)
     for seed in range(seeds):
         for name, row in rows.items():
             flags = [*track["base"].split(), *more, *row.flags, "--seed", str(seed)]
