@@ -27,9 +27,9 @@ import tool
 from tool import UserError, between, dense, tgs
 
 CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4)
-MODES = ("train", "prefill", "decode")
+MODES = "train", "prefill", "decode"
 GATED = [("gated", s) for s in (0.0, 0.25, 0.5, 0.75)]
-DECODE_BATCHES = (1, 128)
+DECODE_BATCHES = 1, 128
 DECODE_STEPS = 16
 
 
@@ -217,8 +217,8 @@ def gpu_tests(bench):
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
     "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
-    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what ln g in "
-                       "attention costs, and the tests that need a GPU"),
+    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what ln g "
+                       "in attention costs, and the tests that need a GPU"),
 }
 FIELDS = [*tgs.SIZES, "norm", "device_batch_size", "device", "dtype", "compile", "records_dir"]
 

@@ -1,5 +1,5 @@
-"""Check a run and start none: ./run.sh --dry_run, with the flags of the run. It reads what the run would, builds
-what it would, holds the disk against its checkpoints, says what it found, and writes nothing.
+"""Check a run and start none: ./run.sh --dry_run, with the flags of the run. It reads and builds what the run
+would, holds the disk against its checkpoints, says what it found, and writes nothing.
 """
 import os
 import shutil

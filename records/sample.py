@@ -243,8 +243,8 @@ def run(args, explicit):
         print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(piece for piece, _ in text))
     if args.show_depth:
         print(f"blocks run: {terminal_text(legend(cfg.n_layers), cfg.n_layers)}")
-    depth = mean(t.depth for row in out for t in row)
-    note = (f"{new} new tokens, {new / seconds:.0f} tokens/s, {depth:.1f} of {cfg.n_layers} blocks a token, "
+    note = (f"{new} new tokens, {new / seconds:.0f} tokens/s, "
+            f"{mean(t.depth for row in out for t in row):.1f} of {cfg.n_layers} blocks a token, "
             f"cache {held:,} bytes")
     print(note, file=sys.stderr)
     if args.html:

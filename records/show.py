@@ -48,8 +48,8 @@ def plot(run, curve, path):
     panels = 3 if "gate_mean" in curve else 1
     fig, (loss, *rest) = canvas(panels, (1 + 5 * panels, 4.2))
     loss.plot(curve["step"], curve["cross_entropy"], color="0.7", lw=1, label="training")
-    steps, losses = zip(*((v["step"], v["cross_entropy"]) for v in run["validations"]))
-    loss.plot(steps, losses, "o-", ms=3, color="C3", label="validation")
+    at, losses = ([v[k] for v in run["validations"]] for k in ("step", "cross_entropy"))
+    loss.plot(at, losses, "o-", ms=3, color="C3", label="validation")
     loss.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats a token)")
     loss.legend(frameon=False)
     if rest:
@@ -97,8 +97,10 @@ def opening_lines(run):
 
 def warnings(run):
     """(the paper's way to fail, what to do) where the last of the validations shows one."""
-    c, last = run["config"], run["validations"][-1]
     losses = [v["cross_entropy"] for v in run["validations"]]
+    if not losses:
+        return
+    c, last = run["config"], run["validations"][-1]
     asked = c["control"] in MOVING and min(targets(c)) < 0.95
     if asked and 2 * last["step"] >= c["num_steps"] and max(last["gate_zero"]) < 0.01:
         yield "collapse to dense", ("no gate is closed although the targets ask for it; try a larger "
