@@ -37,20 +37,26 @@ class RecordError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def error(self, message):
         raise RecordError(f"{message} (see --help)")
 
 
-def exit_status(run) -> int:
-    """What run() returns; or, where it fails by what a user can mend, 2, and one line that says what."""
-    try:
-        return run()
-    except (RecordError, OSError) as e:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+def command(module, run, doc, arguments):
+    """A tool's main(argv), which returns the exit status: what run(args) returns; or, where it fails by what
+    a user can mend, 2, and one line says what. Where `module` is the program, it runs."""
+    def main(argv=None):
+        parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        for name, how in arguments.items():
+            parser.add_argument(name, **how)
+        try:
+            return run(parser.parse_args(argv))
+        except (RecordError, OSError) as e:
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+            return 2
+
+    if module == "__main__":
+        sys.exit(main())
+    return main
 
 
 class Row(NamedTuple):
@@ -59,30 +65,37 @@ class Row(NamedTuple):
     on_line: bool  # is it a point of a dense line?
 
 
-def rows_of(track: dict) -> dict[str, Row]:
+def rows_of(track):
     """The rows of a track by name."""
-    rows = {name: Row(what, None, False) for name, what in track.get("tried", {}).items()}
-    for regime in track.get("regimes", [{"is": "", "prefix": "", "flags": ""}]):
+    rows = {name: Row(what, None, False) for name, what in track["tried"].items()}
+    for regime in track["regimes"]:
         for setting in regime.get("settings", track["settings"]):
             what, flags = track["settings"][setting]
-            rows[regime["prefix"] + setting] = Row(f"{regime['is']}: {what}".removeprefix(": "), [
-                *regime["flags"].split(), *flags.split()], setting in track.get("line", ()))
+            flags = f"{regime['flags']} {flags}".split()
+            rows[regime["prefix"] + setting] = Row(regime["is"] + what, flags, setting in track["line"])
     return rows
 
 
 # ---- counts, from a config --------------------------------------------------------------------------------
 
-def block_weights(c: dict) -> int:
+def block_weights(c):
     """Of the matrices of one block."""
-    d, head_dim = c["dim"], c["dim"] // c["n_heads"]
-    return d * (2 * d + 2 * c["n_kv_heads"] * head_dim + 3 * int(c["ffn_dim_multiplier"] * d))
+    d, kv_dim = c["dim"], c["n_kv_heads"] * (c["dim"] // c["n_heads"])
+    return d * (2 * d + 2 * kv_dim + 3 * round(c["ffn_dim_multiplier"] * d))
 
 
-def n_routers(c: dict) -> int:
+def parameters(c):
+    """Of the whole model: blocks, embeddings and head, routers, norms."""
+    d, L = c["dim"], c["n_layers"]
+    norms = {"sandwich": 4 * L + 2, "pre": 2 * L + 2, "llama": 2 * L + 1}[c["norm"]]
+    return L * block_weights(c) + d * (2 * c["vocab_size"] + norms) + n_routers(c) * (d + 1)
+
+
+def n_routers(c):
     return 0 if c["control"] in ("dense", "random") else c["n_layers"] // 2
 
 
-def realised_flops(c: dict, gate_zero: list[float]) -> tuple[float, float]:
+def realised_flops(c, gate_zero):
     """FLOPs of a forward pass a token, counted as the script does, from the share of closed gates a block: at
     least and at most. What a record lacks is the number of pairs of open tokens that attention had: fewest
     where all sequences have as many open, most where each is all open or all closed."""
@@ -97,14 +110,14 @@ def realised_flops(c: dict, gate_zero: list[float]) -> tuple[float, float]:
 
 # ---- live runs --------------------------------------------------------------------------------------------
 
-def read_object(path: Path) -> dict:
+def read_object(path):
     value = json.loads(path.read_text())
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
 
 
-def live(folder: Path) -> dict:
+def live(folder):
     """A live run in the form of a packed one, as far as its small files tell, without validations and hashes;
     and its `folder` and `state`."""
     run = {"name": folder.name, "config": {}, "env": {}, "summary": {}, "folder": folder}
@@ -122,16 +135,16 @@ def live(folder: Path) -> dict:
     return run | {"state": "interrupted" if run["summary"].get("interrupted") else "finished"}
 
 
-def read_events(folder: Path) -> list[dict]:
+def read_events(folder):
     whole, _, _ = (folder / "metrics.jsonl").read_text().rpartition("\n")  # (a line may be being written)
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def metrics_hash(events: list[dict]) -> str:
+def metrics_hash(events):
     return digest(compact([{k: e[k] for k in sorted(e.keys() - TIMES)} for e in events]).encode())
 
 
-def course(events: list[dict], config: dict) -> tuple[list[dict], dict]:
+def course(events, config):
     """The validations, and the training steps in columns."""
     steps, validations = ([e for e in events if e["kind"] == kind] for kind in ("train", "val"))
     curve = {k: [e[k] for e in steps] for k in ("step", "cross_entropy", "grad_norm")}
@@ -142,7 +155,7 @@ def course(events: list[dict], config: dict) -> tuple[list[dict], dict]:
     return [{k: e[k] for k in e if k != "kind" and k not in TIMES} for e in validations], curve
 
 
-def complete(run: dict) -> tuple[dict, dict]:
+def complete(run):
     """A finished live run with all that is packed of it, and its curve. RecordError: what is wrong."""
     try:
         events, script = read_events(run["folder"]), run["env"]["source_sha256"][:16]
@@ -162,12 +175,12 @@ def complete(run: dict) -> tuple[dict, dict]:
     return whole, curve
 
 
-def scripts(folder: Path, hash_: str) -> list[Path]:
+def scripts(folder, hash_):
     """The script of this hash in a live run's folder."""
     return [path for path in folder.glob("*.py") if digest(path.read_bytes()) == hash_]
 
 
-def check(run: dict, curve: dict):
+def check(run, curve):
     """RecordError where the numbers of a finished run, live or packed, do not agree with each other."""
     c, s, last = run["config"], run["summary"], run["validations"][-1]
     tokens, half = s["step"] * c["batch_size"] * c["max_seq_len"], c["n_layers"] // 2
@@ -178,7 +191,7 @@ def check(run: dict, curve: dict):
     bounds = {"sparsity": [mean(s["gate_zero"])] * 2, "realised_flops_per_token": at_end,
               "tokens_per_s": [tokens / (s["train_seconds"] or math.inf)] * 2,
               "train_flops": [least * (1 - slack), most * (1 + slack)]}
-    for key, value in (last | {"control": c["control"], "n_layers": c["n_layers"]}).items():
+    for key, value in last.items():
         if s.get(key, value) != value:
             raise RecordError(f"summary.json has a {key} of {s[key]}, the rest of the record {value}")
     for key, (low, high) in bounds.items():
@@ -189,19 +202,19 @@ def check(run: dict, curve: dict):
 
 # ---- packed runs ------------------------------------------------------------------------------------------
 
-def digest(data: bytes) -> str:
+def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def compact(value) -> str:
+def compact(value):
     return json.dumps(value, separators=(",", ":"))
 
 
-def sealed(line: dict) -> str:
+def sealed(line):
     return compact(line | {"hash": digest(compact(line).encode())})
 
 
-def lines(path: Path) -> list[dict]:
+def lines(path):
     """The lines of a packed file without their hashes; none where there is no file. RecordError if one is not
     what was packed, but for a last one that is not at its end: its run is there still."""
     found, content = [], path.read_text() if path.exists() else ""
@@ -219,40 +232,42 @@ def lines(path: Path) -> list[dict]:
     return found
 
 
-def runs(parent: Path) -> list[dict]:
+def by_name(path):
+    return {line["name"]: line for line in lines(path)}
+
+
+def runs(parent):
     """The runs of a folder, packed and live, in order of their names, which begin with the date."""
-    found = {run["name"]: run | {"state": "finished"} for run in lines(parent / "runs.jsonl")}
+    found = by_name(parent / "runs.jsonl")
     for path in parent.glob("*/config.json"):
         if path.parent.name not in found:  # (else it lies by a packed run's weights)
             found[path.parent.name] = live(path.parent)
-    return [found[name] for name in sorted(found)]
+    return [{"state": "finished"} | found[name] for name in sorted(found)]
 
 
-def newest(parent: Path) -> dict[tuple[str, int], dict]:
+def newest(parent):
     """The finished runs of a folder by row and seed, of each the last."""
     return {(run["row"], run["seed"]): run for run in runs(parent) if run["state"] == "finished"}
 
 
-def times(parent: Path) -> list[dict]:
+def times(parent):
     """What ./run.sh tracks time measured, packed and live, in order of names."""
     found = lines(parent / "times.jsonl") + [*map(measurement, parent.glob("*/times.json"))]
     return sorted(found, key=lambda line: line["name"])
 
 
-def measurement(path: Path) -> dict:
+def measurement(path):
     try:
         return {"name": path.parent.name, **read_object(path)}
     except DAMAGE as e:
         raise RecordError(f"{path} is damaged: {e}")
 
 
-def find(path: Path) -> tuple[dict, dict]:
+def find(path):
     """The run of a live folder, be it still running, or of PARENT/NAME, a packed run: with its validations,
     and its curve. RecordError where there is none."""
-    for run in lines(path.parent / "runs.jsonl"):
-        if run["name"] == path.name:
-            curves = {line["name"]: line for line in lines(path.parent / "curves.jsonl")}
-            return run, curves[path.name]
+    if run := by_name(path.parent / "runs.jsonl").get(path.name):
+        return run, by_name(path.parent / "curves.jsonl")[path.name]
     try:
         run = live(path)
         validations, curve = course(read_events(path), run["config"])
@@ -263,7 +278,7 @@ def find(path: Path) -> tuple[dict, dict]:
 
 # ---- packing ----------------------------------------------------------------------------------------------
 
-def pack(folder: Path) -> str:
+def pack(folder):
     """Pack a finished run or a measurement into the folder that holds it. When all is on the disk, what was
     packed is removed, and log and plot with it; what else lies in the folder stays there, and with it, since
     weights need it, the config. Says what was done. RecordError where it may not be packed."""
@@ -272,7 +287,7 @@ def pack(folder: Path) -> str:
         if (folder / f"{kind}.json").exists():
             add(parent / f"{kind}.jsonl", measurement(folder / f"{kind}.json"))
             return removed(folder, [folder / f"{kind}.json"])
-    run = next((run for run in lines(parent / "runs.jsonl") if run["name"] == name), None)
+    run = by_name(parent / "runs.jsonl").get(name)
     if run is None:
         run = live(folder)
         if run["state"] != "finished":
@@ -288,38 +303,36 @@ def pack(folder: Path) -> str:
     return removed(folder, [*scripts(folder, run["script"]), *(folder / file for file in files)])
 
 
-def keep(script: Path, path: Path):
+def keep(script, path):
     path.parent.mkdir(exist_ok=True)
     with open(path.with_suffix(".partial"), "wb") as file:
         write(file, script.read_bytes())
     os.replace(file.name, path)
 
 
-def write(file, data: bytes):
+def write(file, data):
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
 
 
-def add(path: Path, line: dict):
+def add(path, line):
     """Append a line, unless it is there. RecordError where another of this name is."""
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # (those who pack at once take turns)
-        found = lines(path)
-        file.seek(0)
-        content = file.read()
+        found, content = by_name(path), path.read_bytes()
         if len(found) > content.count(b"\n"):
             write(file, b"\n")
         else:
             file.truncate(content.rfind(b"\n") + 1)  # what a kill left of a line
-        same = [sealed(old) for old in found if old["name"] == line["name"]]
-        if same and same != [sealed(line)]:
-            raise RecordError(f"{path} has another of the name {line['name']}: rename its folder")
-        if not same:
+        same = found.get(line["name"])
+        if same is None:
             write(file, f"{sealed(line)}\n".encode())
+        elif sealed(same) != sealed(line):
+            raise RecordError(f"{path} has another of the name {line['name']}: rename its folder")
 
 
-def removed(folder: Path, paths: list[Path]) -> str:
+def removed(folder, paths):
     for path in paths:
         path.unlink(missing_ok=True)
     others = {path.name for path in folder.iterdir()} - {"config.json"}

@@ -8,11 +8,9 @@
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed
 drifts. `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T,
 T) mask, float32 softmax by hand, full logits. `gated` skips a given share of the tokens at the first router,
-so sparsity is exact. MFU is the share of the machine's own matrix-product rate, measured in turn with them on
-the products of a forward pass. Speed-up is against `dense`; efficiency is the measured speed-up over the
-FLOPs' own. Writes records_dir/..._bench/bench.json.
+so sparsity is exact. FLOPs are those that are run. Speed-up is against `dense`; efficiency is the measured
+speed-up over the FLOPs' own. Writes records_dir/..._bench/bench.json.
 """
-import ctypes
 import dataclasses
 import subprocess
 import sys
@@ -29,9 +27,9 @@ import tool
 from tool import UserError, between, dense, tgs
 
 CPU_SIZE = dict(dim=384, n_layers=12, n_heads=6, vocab_size=4096, max_seq_len=512, device_batch_size=4)
-MODES = ("train", "prefill", "decode")
+MODES = "train", "prefill", "decode"
 GATED = [("gated", s) for s in (0.0, 0.25, 0.5, 0.75)]
-DECODE_BATCHES = (1, 128)
+DECODE_BATCHES = 1, 128
 DECODE_STEPS = 16
 
 
@@ -64,10 +62,6 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.x = torch.randint(cfg.vocab_size, (cfg.device_batch_size, cfg.max_seq_len), device=rt.device)
         self.prompts = dict(enumerate(self.x.tolist()))
-        weights = [p.detach().to(rt.dtype) for p in self.model.layers[0].parameters() if p.ndim == 2]
-        self.products = [(w.new_ones(self.x.numel(), w.shape[1]), w.t()) for w in weights]
-        self.product_flops = 2 * self.x.numel() * sum(w.numel() for w in weights)
-        self.product_seconds = []
 
     def gates(self, h, S, l, layout):
         """The first router at its full cost, with an answer that is given: skipped[i] of the i-th token."""
@@ -106,16 +100,16 @@ class Bench:
             else:
                 sample.Decoder(self.model, len(self.x)).append(self.prompts)
 
-    def row(self, mode, variant, sparsity, batch, seconds, tokens, seen, peak):
+    def row(self, mode, variant, sparsity, batch, seconds, tokens, seen):
         """A row of bench.json: of a pass in which each of `tokens` sees `seen` others, unless they skip."""
         cfg, active = self.model.cfg, 1 - sparsity
         stats = [[0, 0, active * tokens, active * tokens * (1 + active * seen)]] * cfg.n_levels
         heads = tokens if mode == "train" else batch  # tokens whose logits are computed
         unseen = 2 * (tokens - heads) * cfg.dim * cfg.vocab_size
         flops = (tgs.realised_flops(cfg, stats, tokens) - unseen) / tokens
-        return {"mode": mode, "variant": variant, "sparsity": sparsity if variant == "gated" else None,
+        return {"mode": mode, "variant": variant, "sparsity": sparsity,
                 "batch": batch, "seconds": seconds, "tokens_per_s": tokens / seconds,
-                "flops_per_token": 3 * flops if mode == "train" else flops, "peak_bytes": peak}
+                "flops_per_token": 3 * flops if mode == "train" else flops}
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
@@ -131,47 +125,32 @@ def clock(rt, run):
 
 
 def in_turn(bench, rounds, variants, prepare):
-    """Median seconds of each variant; prepare(*variant) gives what is timed."""
+    """Each variant, in use, and its median seconds; prepare(*variant) gives what is timed."""
     seconds = {v: [] for v in variants}
     for _ in range(rounds + 1):
-        bench.product_seconds.append(clock(bench.rt, lambda: [x @ w for x, w in bench.products]))
-        for v, measured in seconds.items():
+        for v in variants:
             bench.use(*v)
-            measured.append(clock(bench.rt, prepare(*v)))
-    return {v: median(measured[1:]) for v, measured in seconds.items()}  # (the first warms up)
+            seconds[v].append(clock(bench.rt, prepare(*v)))
+    for v in variants:
+        bench.use(*v)
+        yield v, median(seconds[v][1:])  # (the first warms up)
 
 
 def measure_batches(bench, mode, rounds):
     """Rows of training steps or prefills: eager, dense, and gated at every sparsity, in turn."""
     B, T = bench.x.shape
-    run = getattr(bench, mode)
     variants = [("eager", 0.0), ("dense", 0.0), *GATED]
-    seconds = in_turn(bench, rounds, variants, lambda variant, _: lambda: run(variant))
-    for v in variants:
-        bench.use(*v)
-        peak = peak_of(bench.rt, lambda: run(v[0]))
-        yield bench.row(mode, *v, B, seconds[v], B * T, (T - 1) / 2, peak)
-
-
-def peak_of(rt, run):
-    """Bytes at the peak of the CUDA allocator or (Linux) of the process's resident memory while this runs."""
-    if rt.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    clock(rt, run)
-    return tgs.peak_memory(rt)
+    for v, seconds in in_turn(bench, rounds, variants, lambda *v: lambda: getattr(bench, mode)(v[0])):
+        yield bench.row(mode, *v, B, seconds, B * T, (T - 1) / 2)
 
 
 def measure_decoding(bench, batch, rounds):
     """Rows of decoding after a context of T / 2 tokens: seconds of a step, one token a sequence."""
-    context, held = bench.cfg.max_seq_len // 2, {}
+    context = bench.cfg.max_seq_len // 2
 
     def prepare(*v):
         decoder = sample.Decoder(bench.model, batch)
         append(decoder, context, [bench.skip(v[1], batch * context)])
-        held[v] = decoder.bytes()
         skips = bench.skip(v[1], batch * DECODE_STEPS).view(DECODE_STEPS, batch)
         return lambda: append(decoder, 1, skips)
 
@@ -180,31 +159,27 @@ def measure_decoding(bench, batch, rounds):
             with bench.rt.autocast():
                 decoder.append(dict.fromkeys(range(batch), [1] * n))
 
-    for v, seconds in in_turn(bench, rounds, [("dense", 0.0), *GATED], prepare).items():
-        bench.use(*v)
-        seen = context + (DECODE_STEPS - 1) / 2
-        yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen, held[v])
+    seen = context + (DECODE_STEPS - 1) / 2
+    for v, seconds in in_turn(bench, rounds, [("dense", 0.0), *GATED], prepare):
+        yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen)
 
 
-def compare(rows, rate):
-    """Add to each row what it is against the dense one, and against the machine's own rate."""
+def compare(rows):
+    """Add to each row what it is against the dense one."""
     against = {(r["mode"], r["batch"]): r for r in rows if r["variant"] == "dense"}
     for r in rows:
         side = against[r["mode"], r["batch"]]
         r["speedup"] = side["seconds"] / r["seconds"]
         r["flops_speedup"] = side["flops_per_token"] / r["flops_per_token"]
         r["efficiency"] = r["speedup"] / r["flops_speedup"]
-        r["mfu"] = r["tokens_per_s"] * r["flops_per_token"] / rate
 
 
 def table(rows):
-    yield ("mode    variant   sparsity  batch        ms   tokens/s  speed-up  of FLOPs  efficiency    MFU"
-           "     MiB")
+    yield "mode    variant   sparsity  batch        ms   tokens/s    GFLOP/s  speed-up  of FLOPs  efficiency"
     for r in rows:
-        sparsity = "" if r["sparsity"] is None else f"{r['sparsity']:.2f}"
-        yield (f"{r['mode']:8s}{r['variant']:9s}{sparsity:>9s}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
-               f"{r['tokens_per_s']:11.0f}{r['speedup']:10.2f}{r['flops_speedup']:10.2f}"
-               f"{r['efficiency']:12.2f}{r['mfu']:7.2f}{r['peak_bytes'] / 2**20:8.0f}")
+        yield (f"{r['mode']:8s}{r['variant']:9s}{r['sparsity']:9.2f}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
+               f"{r['tokens_per_s']:11.0f}{r['tokens_per_s'] * r['flops_per_token'] / 1e9:11.1f}"
+               f"{r['speedup']:10.2f}{r['flops_speedup']:10.2f}{r['efficiency']:12.2f}")
 
 
 # ---- what is asked of a GPU -------------------------------------------------------------------------------
@@ -218,53 +193,15 @@ def host_waits(bench):
     return sum(e.count for e in waits), 1e-6 * sum(e.self_cpu_time_total for e in waits)
 
 
-# What may carry ln g_j to the logits of Eq. 3. attend(q, k, v, score_mod) is FlexAttention of (n, heads,
-# head_dim). The results are the same; what they cost, and what bfloat16 leaves of ln g, is not.
-
-def carry_bias(attend, q, k, v, ln_g):
-    """A captured tensor; its gradient is summed by atomic adds."""
-    return attend(q, k, v, lambda score, b, h, i, j: score + ln_g[j])
-
-
-def carry_key_columns(attend, q, k, v, ln_g):
-    """Further columns of q and k: the script's own."""
-    return attend(*tgs.carried(q, k, ln_g), v)
-
-
-def carry_value_column(attend, q, k, v, ln_g):
-    """Values [g v, g] under ungated weights, and the quotient."""
-    g = ln_g.exp().to(v.dtype)[:, None, None]
-    y = attend(q, k, torch.cat((g * v, g.expand(-1, v.shape[1], 16)), -1))
-    return y[..., :-16] / y[..., -16:-15]
-
-
-def carriers(bench):
-    """Seconds of FlexAttention, forward and backward, on a batch half of whose tokens skip, by what carries
-    ln g."""
-    cfg, device = bench.cfg, bench.rt.device
-    n = tgs.padded_rows(bench.x.numel() // 2, True)
-    start, *tables = tgs.mask_tables(torch.arange(n, device=device) // (cfg.max_seq_len // 2))
-    mask = tgs.BlockMask((n, n), *tables, BLOCK_SIZE=(tgs.ROWS, tgs.ROWS),
-                         mask_mod=lambda b, h, i, j: (i >= j) & (j >= start[i]))
-    torch._dynamo.reset()  # the model's graphs count towards the same limit; beyond it Flex would run eagerly
-    flex = torch.compile(tgs.flex_attention, dynamic=True)
-
-    def attend(q, k, v, score_mod=None):
-        heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
-        options = tgs.flex_options(q.shape[-1], q.dtype)
-        y = flex(*heads_first, score_mod, mask, cfg.head_dim**-0.5, kernel_options=options)
-        return y[0].transpose(0, 1)
-
-    q, k, v = torch.randn(3, n, cfg.n_heads, cfg.head_dim, device=device, dtype=bench.rt.dtype,
-                          requires_grad=True)
-    ln_g = torch.rand(n, device=device).clamp(min=tgs.EPSILON).log().requires_grad_()
+def carrying(bench):
+    """Seconds of a training step with all gates open, without and with ln g in attention."""
+    bench.use(*GATED[0])
     seconds = {}
-    for carry in carry_bias, carry_key_columns, carry_value_column:
-        def run():
-            carry(attend, q, k, v, ln_g).float().square().mean().backward()
-
-        measured = [clock(bench.rt, run) for _ in range(8)]
-        seconds[carry.__name__] = median(measured[3:])  # (the first compile and warm up)
+    for carries in False, True:
+        for block in bench.model.layers:
+            block.gate_keys = carries
+        measured = [clock(bench.rt, lambda: bench.train("gated")) for _ in range(8)]
+        seconds[f"gate_keys {carries}"] = median(measured[3:])  # (the first compile and warm up)
     return seconds
 
 
@@ -275,26 +212,13 @@ def gpu_tests(bench):
     return (done.stdout + done.stderr).splitlines()[-1]
 
 
-def beside_estimates(cfg, rows, gpu):
-    """A line for each training row: its measured time beside plan.py's estimate for this GPU."""
-    sheet = next((known for known in plan.DEVICES if known in gpu), "H100")
-    yield f"training step of one micro-batch, ms: measured here ({gpu}), and estimated by plan.py ({sheet})"
-    for r in rows:
-        if r["mode"] == "train" and r["variant"] != "eager":
-            side = cfg if r["variant"] == "gated" else dense(cfg)
-            sparsity = r["sparsity"] or 0.0
-            estimate = plan.step(side, sparsity, sheet, 1, 1)["seconds"]
-            yield (f"{r['variant']} {sparsity:.0%}: measured {1e3 * r['seconds']:.1f}, "
-                   f"estimated {1e3 * estimate:.1f}")
-
-
 # ---- command line -----------------------------------------------------------------------------------------
 
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
     "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
-    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what "
-                       "carries ln g, and the tests that need a GPU"),
+    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what ln g "
+                       "in attention costs, and the tests that need a GPU"),
 }
 FIELDS = [*tgs.SIZES, "norm", "device_batch_size", "device", "dtype", "compile", "records_dir"]
 
@@ -312,24 +236,20 @@ def run(args, explicit):
                 rows += measure_decoding(bench, batch, args.rounds)
         else:
             rows += measure_batches(bench, mode, args.rounds)
-    rate = bench.product_flops / median(bench.product_seconds)
-    compare(rows, rate)
+    compare(rows)
     env = tgs.environment(bench.rt, {})
-    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg), "env": env,
-               "matmul_flops_per_s": rate, "rows": rows}
+    content = {"config": dataclasses.asdict(cfg), "env": env, "rows": rows}
     path = tgs.make_folder(Path(cfg.records_dir), "bench") / "bench.json"
     tool.write_json(path, content)
-    print(f"matrix products alone: {rate / 1e9:.1f} GFLOP/s in {env['dtype']}", *table(rows), sep="\n")
+    print(*table(rows), sep="\n")
     if args.gpu_report:  # what was measured is kept, should one of these fail
-        print(*beside_estimates(cfg, rows, env["device"]), sep="\n")
-        for ask in host_waits, carriers, gpu_tests:
+        sheet = next((known for known in plan.DEVICES if known in env["device"]), "H100")
+        print(*plan.lines(cfg, [s for _, s in GATED], sheet, 1e10), sep="\n")
+        for ask in host_waits, carrying, gpu_tests:
             content[ask.__name__] = ask(bench)
             tool.write_json(path, content)
             print(f"{ask.__name__}: {content[ask.__name__]}")
     print(f"record: {path.parent}")
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

@@ -73,7 +73,7 @@ class HubModel(tgs.MiddleSkippingTransformer, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision=None, **given):
-        explicit = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
+        explicit = {k: v for k, v in given.items() if k in tgs.FIELDS}
         settings, state = read(str(model_id), revision)
         # which no weight fixes:
         settings["max_seq_len"] = explicit.get("max_seq_len", settings.get("max_seq_len"))
@@ -240,7 +240,4 @@ def run(args, explicit):
     print(f"wrote {args.out}")
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

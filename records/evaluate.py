@@ -18,71 +18,62 @@ import torch
 import torch.nn.functional as F
 
 import tool
-from show import bars, estimated_flops
+from show import bars
 from tool import UserError, encode, get_encoding, tgs
 
 OPTIONS = tool.SOURCE | {
     "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
-    "text": dict(nargs="+", default=[], help="score these texts instead: loss, bits a byte, sparsity"),
-    "hellaswag": dict(help="score a file like hellaswag_val.jsonl instead"),
+    "text": dict(type=Path, nargs="+", default=[],
+                 help="score these texts instead: loss, bits a byte, sparsity"),
+    "hellaswag": dict(type=Path, help="score a file like hellaswag_val.jsonl instead"),
 }
 FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
 
 @torch.no_grad()
-def token_losses(model, rt, rows: list[list[int]]):
-    """Cross-entropy in nats of every token but the first of each row (at most max_seq_len + 1 tokens), a list
-    of tensors, and the summed statistics of `span`. Rows of different lengths are packed together."""
-    losses, stats, B = [], 0, model.cfg.device_batch_size
-    for batch in (rows[i:i + B] for i in range(0, len(rows), B)):
-        lengths = torch.tensor([len(row) - 1 for row in batch])
-        seq = torch.arange(len(batch)).repeat_interleave(lengths)
-        pos = torch.arange(len(seq)) - (lengths.cumsum(0) - lengths)[seq]
-        inputs = torch.tensor([t for row in batch for t in row[:-1]])
-        targets = torch.tensor([t for row in batch for t in row[1:]])
-        inputs, targets, seq, pos = (t.to(rt.device) for t in (inputs, targets, seq, pos))
-        with rt.autocast():
-            h, levels = model.hidden(inputs, seq, pos, len(batch))
-            ce = [F.cross_entropy(model.output(x).float(), y, reduction="none")
-                  for x, y in zip(h.split(1024), targets.split(1024))]
-        losses += torch.cat(ce).split(lengths.tolist())
-        stats += torch.stack([tgs.gate_sums(g, layout) for g, layout, _ in levels]).cpu()
-    return losses, stats
+def token_losses(model, rt, row):
+    """Cross-entropy in nats of every token but the first of a row of at most max_seq_len + 1, and every
+    level's `gate_sums`."""
+    tokens = torch.tensor(row, device=rt.device)
+    pos = torch.arange(len(row) - 1, device=rt.device)
+    with rt.autocast():
+        h, levels = model.hidden(tokens[:-1], torch.zeros_like(pos), pos, 1)
+        losses = F.cross_entropy(model.output(h).float(), tokens[1:], reduction="none")
+    return losses, torch.stack([tgs.gate_sums(g, layout) for g, layout, _ in levels])
 
 
 def evaluate_text(model, rt, path):
     """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
-    cfg, text = model.cfg, read_text(path)
+    cfg, text = model.cfg, path.read_text("utf-8", "replace")
     tokens = encode(cfg, text)
-    rows = [tokens[i:i + cfg.max_seq_len + 1] for i in range(0, len(tokens) - 1, cfg.max_seq_len)]
-    if not rows:
+    n, nats, stats = len(tokens) - 1, 0.0, 0
+    if n == 0:
         raise UserError(f"--text {path} is empty")
-    losses, stats = token_losses(model, rt, rows)
-    nats, n = torch.cat(losses).sum().item(), len(tokens) - 1
+    for start in range(0, n, cfg.max_seq_len):
+        losses, sums = token_losses(model, rt, tokens[start:start + cfg.max_seq_len + 1])
+        nats += losses.sum().item()
+        stats += sums
     sparsity = mean(tgs.gate_report(cfg, stats, n)["gate_zero"])
-    bits = nats / math.log(2) / len(text.encode())
-    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, {bits:.4f} bits a byte, "
-            f"sparsity {sparsity:.4f}, {n} tokens")
-
-
-def read_text(path):
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return (f"{path}: cross_entropy {nats / n:.6f} nats a token, "
+            f"{nats / math.log(2) / len(text.encode()):.4f} bits a byte, sparsity {sparsity:.4f}, {n} tokens")
 
 
 def evaluate_hellaswag(model, rt, path):
     """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
     given the context is largest, a token (acc_norm) or in all (acc)."""
     cfg, right = model.cfg, []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
         try:
             item = json.loads(line)
             context, endings, label = item["ctx"], item["endings"], int(item["label"])
             endings[label]
         except (ValueError, LookupError, TypeError):
             raise UserError(f"--hellaswag {path}: line {number} is not a question (ctx, endings, label)")
-        start, ends = encode(cfg, context), [encode(cfg, " " + e)[1:] for e in endings]
-        losses, _ = token_losses(model, rt, [(start + e)[-cfg.max_seq_len - 1:] for e in ends])
-        scores = [x[-len(e):] for x, e in zip(losses, ends)]
+        scores = []
+        for end in endings:
+            end = encode(cfg, f" {end}")[1:]
+            row = encode(cfg, context) + end
+            scores.append(token_losses(model, rt, row[-cfg.max_seq_len - 1:])[0][-len(end):])
         right.append([torch.stack([f(x) for x in scores]).argmin().item() == label
                       for f in (torch.mean, torch.sum)])
     if not right:
@@ -100,20 +91,20 @@ class DepthTable:
 
     def __init__(self, cfg):
         encoding = get_encoding(cfg)
-        self.n_layers, self.end = cfg.n_layers, encoding.eot_token
+        self.end = encoding.eot_token
         text = [token_text(encoding, i) for i in range(cfg.vocab_size)]
-        spaced = [" " if i == self.end else t for i, t in enumerate(text)]
-        self.begins_word = torch.tensor([t[:1].isspace() for t in spaced])
-        self.ends_word = torch.tensor([t[-1:].isspace() for t in spaced])
         self.names = {
             "token": [repr(t) for t in text],
             "position in the word": [*map(str, range(self.WORD - 1)), "later"],
             "position in what the model sees": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.SEEN)]}
+        text[self.end] = " "
+        self.begins_word = torch.tensor([t[:1].isspace() for t in text])
+        self.ends_word = torch.tensor([t[-1:].isspace() for t in text])
         self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
 
-    def add(self, inputs, levels):
-        """A batch of tokens (B, T), and what the model's `span` leaves of them."""
-        depth, inputs = tool.blocks_run(levels, inputs.numel(), self.n_layers), inputs.cpu()
+    def add(self, inputs, depth):
+        """A batch of tokens (B, T), and how many blocks each ran."""
+        depth, inputs = depth.flatten(), inputs.cpu()
         begins = self.begins_word[inputs]
         begins[:, 1:] |= self.ends_word[inputs[:, :-1]]
         word = since(begins).clamp(max=self.WORD - 1)
@@ -145,16 +136,16 @@ def since(marks):
 
 
 def bytes_per_token(shards):
-    """Mean UTF-8 bytes of text a token, where dataset.json tells."""
-    try:
-        said = [shards.dataset()["shards"][path.name] for path in shards.paths]
+    """Mean UTF-8 bytes of text a token, where dataset.json tells; NaN: it does not."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        said = json.loads(shards.paths[0].with_name("dataset.json").read_text())["shards"]
+        said = [said[path.name] for path in shards.paths]
         return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
-    except (LookupError, TypeError):
-        return None
+    return math.nan
 
 
 def run(args, explicit):
-    cfg, weights = tool.load(args, explicit)
+    cfg, weights = tool.of_checkpoint(args.checkpoint, explicit)
     rt = tgs.Runtime(cfg)
     model = tgs.build_model(cfg, rt, weights, args.checkpoint)
     for path in args.text:
@@ -167,23 +158,26 @@ def run(args, explicit):
 
 def evaluate_shards(model, rt, depth_file):
     cfg, shards = model.cfg, tgs.Shards(model.cfg, "val")
-    per_token = bytes_per_token(shards)
     if rt.compile:  # before the clock starts
         first = dataclasses.replace(cfg, val_tokens=cfg.device_batch_size * cfg.max_seq_len + 1)
-        tgs.evaluate(model, first, rt, tgs.Shards(first, "val"))
+        tgs.evaluate(model, cfg, rt, tgs.Shards(first, "val"))
     try:
         depths = DepthTable(cfg) if cfg.gated else None
     except UserError as e:
         print(f"WARNING: no table of depths: {e}", file=sys.stderr)
         depths = None
-    result = tgs.evaluate(model, cfg, rt, shards, watch=depths and depths.add)
+    def watch(inputs, levels):
+        if depths:
+            depths.add(inputs, tool.blocks_run(levels, inputs.numel(), cfg.n_layers))
+
+    result = tgs.evaluate(model, cfg, rt, shards, watch)
     nats, sparsity = result["cross_entropy"], mean(result["gate_zero"])
     print(f"cross_entropy {nats:.6f} nats a token over {result['tokens']} tokens")
-    if per_token:
-        print(f"bits a byte {nats / math.log(2) / per_token:.4f}")
+    bits = nats / math.log(2) / bytes_per_token(shards)
+    if math.isfinite(bits):
+        print(f"bits a byte {bits:.4f}")
     print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
-    print(f"FLOPs a token: {result['realised_flops_per_token']:.4g} realised, "
-          f"{estimated_flops(cfg, sparsity) / cfg.max_seq_len:.4g} estimated")
+    print(f"FLOPs a token: {result['realised_flops_per_token']:.4g}")
     print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
     tables = depths.tables() if depths else {}
     for title, rows in tables.items():
@@ -191,10 +185,8 @@ def evaluate_shards(model, rt, depth_file):
         for name, depth, n in rows[:10] + rows[10:][-10:]:
             print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")
     if depth_file:
-        tool.new_file(depth_file, json.dumps(tables, indent=1))
+        with open(depth_file, "x") as f:
+            json.dump(tables, f, indent=1)
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

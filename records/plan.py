@@ -12,7 +12,6 @@ tested against torch's own counts; the shares are assumptions, printed with the 
 skipped at the first router. MFU counts the model's own FLOPs (no masked pairs, no recomputation).
 """
 import math
-import sys
 
 import torch
 
@@ -107,9 +106,9 @@ def lines(cfg, sparsities, device, tokens):
         t, k = micro_batch(c, s, device), counts(c, s)
         moved = k["pointwise"] + k["head_bytes"] + k["gather"] + k["gradients"]
         parts = "".join(f"{1e3 * seconds:11.2f}" for seconds in t.values())
-        more = " more than it has" if k["memory"] > held else ""
         yield (f"{label:>8s}{k['model_flops'] / 1e12:8.1f}{moved / 1e9:7.1f}{k['launches']:9d}{k['waits']:6d}"
-               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}{more}")
+               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}"
+               f"{' more than it has' if k['memory'] > held else ''}")
     yield f"\na step of {cfg.batch_size} sequences, and hours for {tokens:.3g} tokens"
     yield "  devices sparsity micro-batches  step ms averaging ms   tokens/s   hours"
     for machines, devices in (1, 1), (1, 4), (1, 8), (2, 8), (4, 8):
@@ -136,7 +135,4 @@ def run(args, explicit):
     print(*lines(cfg, args.sparsity if cfg.gated else [], args.device_name, args.tokens), sep="\n")
 
 
-main = tool.command(run, __doc__, OPTIONS, FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

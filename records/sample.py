@@ -19,15 +19,18 @@ import torch
 import torch.nn.functional as F
 
 import tool
-from tool import UserError, encode, get_encoding, tgs
+from tool import UserError, between, encode, get_encoding, tgs
 
+LARGE = 2**31
 OPTIONS = tool.SOURCE | {
     "prompt": dict(default="", help="text to continue; without it, the start of a document"),
-    "max_new_tokens": dict(type=int, default=200, help="tokens to add to each sample (default: 200)"),
-    "num_samples": dict(type=int, default=1, help="samples, decoded together (default: 1)"),
-    "temperature": dict(type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"),
-    "top_k": dict(type=int, default=2**31, help="draw from the k likeliest tokens (default: all)"),
-    "top_p": dict(type=float, default=1.0, help="draw from the likeliest that reach this (default: 1)"),
+    "max_new_tokens": dict(type=between(int, 0, LARGE), default=200, help="of each sample (default: 200)"),
+    "num_samples": dict(type=between(int, 1, LARGE), default=1, help="decoded together (default: 1)"),
+    "temperature": dict(type=between(float, 0, LARGE), default=0.8,
+                        help="0 takes the likeliest token (default: 0.8)"),
+    "top_k": dict(type=between(int, 1, LARGE), help="draw from the k likeliest tokens (default: all)"),
+    "top_p": dict(type=between(float, 1e-6, 2), default=1.0,
+                  help="draw from the likeliest that together reach this (default: 1)"),
     "show_depth": dict(action="store_true", help="shade each token by the number of blocks it ran"),
     "html": dict(help="write the shaded text as a page to this file"),
 }
@@ -44,19 +47,17 @@ class LayerCache:
 
     def attend(self, q, k, v, ln_g, layout):
         """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
-        first = self.kv.shape[3] == 0
-        seq, n = layout.seq, len(layout.seq)
-        start = layout.counts.cumsum(0) - layout.counts
+        seq, held = layout.seq, self.kv.shape[3]
+        n, start = len(seq), layout.counts.cumsum(0) - layout.counts
         column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
         self.counts += layout.counts[:-1]
         m = int(self.counts.max())
-        if m > self.kv.shape[3]:  # empty columns have a logit that gives them no weight
-            more = m + 64 - self.kv.shape[3]
-            self.kv = F.pad(self.kv.to(k.dtype), (0, 0, 0, more))
-            self.ln_g = F.pad(self.ln_g, (0, more), value=tgs.REMOVED)
+        if m > held:  # empty columns have a logit that gives them no weight
+            self.kv = F.pad(self.kv.to(k.dtype), (0, 0, 0, m + 64 - held))
+            self.ln_g = F.pad(self.ln_g, (0, m + 64 - held), value=tgs.REMOVED)
         self.kv[:, seq, :, column] = torch.stack((k[:n], v[:n]), 1)
         self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
-        if first:
+        if held == 0:
             return tgs.attention_kernel(layout)(q, k, v, ln_g, layout)
         return F.pad(self.attend_new(q[:n], seq, m), (0, 0, 0, 0, 0, len(q) - n))
 
@@ -73,8 +74,7 @@ class LayerCache:
 
     def bytes(self):
         """Of the tokens held: keys, values, and ln g in float32."""
-        two, _, kv_heads, _, head_dim = self.kv.shape
-        return int(self.counts.sum()) * (two * kv_heads * head_dim * self.kv.element_size() + 4)
+        return int(self.counts.sum()) * (self.kv[:, 0, :, :1].nbytes + 4)
 
 
 def attend_some(q, k, v, ln_g, rows, m):
@@ -89,21 +89,21 @@ class Decoder:
     """Sequences that grow together: their caches and lengths."""
 
     def __init__(self, model, rows):
-        self.model, self.device = model, model.cos.device
         some = None if model.lower is tgs.eager else model.lower(attend_some)
-        self.cache = [LayerCache(model.cfg, rows, self.device, some) for _ in model.layers]
-        self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.model = model
+        self.cache = [LayerCache(model.cfg, rows, model.cos.device, some) for _ in model.layers]
+        self.lengths = [0] * rows
 
     @torch.no_grad()
     def append(self, tokens):
         """Run new tokens of some rows, lists by row. Returns logits of the last of each (rows, V), float32,
         and the depth of every token, row after row."""
-        rows, new = torch.tensor(list(tokens)), torch.tensor(list(map(len, tokens.values())))
-        ends, ids = new.cumsum(0), torch.tensor(sum(tokens.values(), []))
-        pos = torch.arange(len(ids)) + (self.lengths[rows] - ends + new).repeat_interleave(new)
-        self.lengths[rows] += new
-        seq = rows.repeat_interleave(new)
-        ids, seq, pos, last = (t.to(self.device) for t in (ids, seq, pos, ends - 1))
+        packed, last = [], []
+        for row, ids in tokens.items():
+            packed += [(t, row, self.lengths[row] + i) for i, t in enumerate(ids)]
+            last.append(len(packed) - 1)
+            self.lengths[row] += len(ids)
+        ids, seq, pos = torch.tensor(packed, device=self.model.cos.device).T.contiguous()
         self.model.caches = self.cache
         h, levels = self.model.hidden(ids, seq, pos, len(self.lengths))
         self.model.caches = None
@@ -138,17 +138,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed)
     limit = [min(len(prompt) + max_new_tokens, model.cfg.max_seq_len) for prompt in prompts]
     out = [[] for _ in prompts]
-    new = {b: [(t, None) for t in prompt] for b, prompt in enumerate(prompts)}
+    new = dict(enumerate(prompts))  # tokens of the rows that go on
+    p = dict.fromkeys(new)
     while new:
-        logits, depth = decoder.append({b: [t for t, _ in row] for b, row in new.items()})
+        logits, depth = decoder.append(new)
         depth = iter(depth.tolist())
         for b, row in new.items():
-            out[b] += [Token(t, next(depth), p) for t, p in row]
+            out[b] += [Token(t, next(depth), p[b]) for t in row]
         logits = logits[:, :n_vocab]
         picked = choose(logits, temperature, top_k, top_p, generator)
-        p = logits.softmax(-1).gather(1, picked[:, None])[:, 0]
-        drawn = zip(new, picked.tolist(), p.tolist())
-        new = {b: [(t, p)] for b, t, p in drawn
+        p = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))
+        new = {b: [t] for b, t in zip(new, picked.tolist())
                if len(out[b]) < limit[b] and (out[b][-1].p is None or out[b][-1].id != stop)}
     return out, decoder.bytes()
 
@@ -212,10 +212,11 @@ def html_page(samples, n_layers, title):
     """A self-contained page: the pieces of each sample shaded by depth, its prompt underlined."""
     def span(piece, token):
         color, dark = shade(token.depth / n_layers)
-        kind, p = (" class=prompt", "") if token.p is None else ("", f", p = {token.p:.3f}")
-        label = escape(f"{piece!r}: {token.depth} of {n_layers} blocks{p}", quote=True)
+        label, kind = f"{piece!r}: {token.depth} of {n_layers} blocks", " class=prompt"
+        if token.p is not None:
+            label, kind = f"{label}, p = {token.p:.3f}", ""
         return (f'<span{kind} style="background:rgb{color};color:{"#fff" if dark else "#222"}" '
-                f'data-is="{label}">{escape(piece)}</span>')
+                f'data-is="{escape(label)}">{escape(piece)}</span>')
 
     scale = "".join(span(*t) for t in legend(n_layers))
     body = ["".join(span(*t) for t in text) for text in samples]
@@ -224,11 +225,7 @@ def html_page(samples, n_layers, title):
 
 
 def run(args, explicit):
-    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.top_k > 0 and args.max_new_tokens >= 0
-            and args.num_samples > 0):
-        raise UserError("sampling needs --temperature and --max_new_tokens of at least 0, --top_p above 0 "
-                        "and at most 1, --top_k and --num_samples above 0")
-    cfg, weights = tool.load(args, explicit)
+    cfg, weights = tool.of_checkpoint(args.checkpoint, explicit)
     rt, encoding, prompt = tgs.Runtime(cfg), get_encoding(cfg), encode(cfg, args.prompt)
     if len(prompt) >= cfg.max_seq_len:
         raise UserError(f"--prompt has {len(prompt)} tokens, the model's sequences at most {cfg.max_seq_len}")
@@ -243,19 +240,17 @@ def run(args, explicit):
     seconds, new = time.perf_counter() - start, sum(map(len, out)) - len(out) * len(prompt)
     samples = [pieces(row[1:], encoding) for row in out]
     for text in samples:
-        print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(s for s, _ in text))
+        print(terminal_text(text, cfg.n_layers) if args.show_depth else "".join(piece for piece, _ in text))
     if args.show_depth:
         print(f"blocks run: {terminal_text(legend(cfg.n_layers), cfg.n_layers)}")
-    depth = mean(t.depth for row in out for t in row)
-    note = (f"{new} new tokens, {new / seconds:.0f} tokens/s, {depth:.1f} of {cfg.n_layers} blocks a token, "
+    note = (f"{new} new tokens, {new / seconds:.0f} tokens/s, "
+            f"{mean(t.depth for row in out for t in row):.1f} of {cfg.n_layers} blocks a token, "
             f"cache {held:,} bytes")
     print(note, file=sys.stderr)
     if args.html:
         page = html_page(samples, cfg.n_layers, f"{Path(args.checkpoint).name}: {note}")
-        tool.new_file(args.html, page)
+        with open(args.html, "x", encoding="utf-8") as f:
+            f.write(page)
 
 
-main = tool.command(run, __doc__, OPTIONS, tool.FIELDS)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = tool.command(__name__, run, __doc__, OPTIONS, tool.FIELDS)

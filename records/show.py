@@ -1,39 +1,22 @@
-"""Show one run: its plot, and what it came to. The trainer starts this beside a run at each validation, and
-at its end; it reads the record alone, and needs neither torch nor the trainer.
+"""Show one run: its plot, and what it came to. The trainer starts this beside a run at its start, at each
+validation and at its end; it reads the record alone, and needs neither torch nor the trainer.
 
     ./run.sh show records/X                         # what a live or packed run came to, and what to do next
-    ./run.sh show records/X --plot                  # draw records/X/plot.png
+    ./run.sh show records/X --plot                  # draw records/X/plot.png, and warn of a run that fails
     ./run.sh show records/frontier/NAME --plot      # of a packed run: records/frontier/NAME.png
 """
+import math
 import os
-import sys
 from pathlib import Path
+from statistics import fmean as mean, median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import archive  # noqa: E402
+import archive
 
 WITHOUT_TARGET = "dense", "none", "sparsity", "sparsity_variance"
+MOVING = "adaptive", "proportional", "proportional_derivative"  # controls that move coefficients
 
 
-def estimated_flops(config, sparsity: float = 0.0) -> float:
-    """The released code's count for one sequence, for Figure 2: full T x T attention, norms and activations
-    included, blocks times (1 - sparsity), where sparsity is the mean share of gates that are 0. Of a Config
-    or a record's config."""
-    c = config if isinstance(config, dict) else vars(config)
-    T, d, H, Hkv, L = c["max_seq_len"], c["dim"], c["n_heads"], c["n_kv_heads"], c["n_layers"]
-    D, m, routers = d // H, int(c["ffn_dim_multiplier"] * d), archive.n_routers(c)
-    sqrt, exp = 8, 10
-    norm = T * (4 * d + 2 + sqrt)
-    rotary = 6 * T * (H + Hkv) * D // 2
-    projections = 2 * T * d * (2 * d + 2 * Hkv * D)
-    scores = 4 * T * T * d + H * T * T * (2 + exp + 2)  # two products; scale, mask, softmax
-    ffn = 6 * T * d * m + T * m * (exp + 4 + 1)  # three products; SiLU, gating
-    block = projections + rotary + scores + ffn + (4 if c["norm"] == "sandwich" else 2) * norm + 4 * T * d
-    masks = L * T * d + (routers - 1) * T if routers else 0
-    return 2 * norm + masks + (1 - sparsity) * L * block + 2 * T * d * c["vocab_size"]
-
-
-def targets(c: dict) -> list[float]:
+def targets(c):
     """Of the mean gate of each level; none where the control has none."""
     start, end, levels = c["mean_target_start"], c["mean_target_end"], c["n_layers"] // 2
     if c["control"] in WITHOUT_TARGET:
@@ -41,49 +24,97 @@ def targets(c: dict) -> list[float]:
     return [start + (end - start) * level / max(levels - 1, 1) for level in range(levels)]
 
 
-def plot(run: dict, curve: dict, path: Path):
-    """Loss, mean gates and coefficients over steps, as one picture."""
+# ---- the picture ------------------------------------------------------------------------------------------
+
+def canvas(columns, size):
+    """A figure and its axes, side by side."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    gated = "gate_mean" in curve
-    fig, axes = plt.subplots(1, 3 if gated else 1, figsize=(15 if gated else 6, 4.2), squeeze=False)
-    loss, *panels = axes[0]
-    loss.plot(curve["step"], curve["cross_entropy"], color="0.7", lw=1, label="training")
-    loss.plot([v["step"] for v in run["validations"]], [v["cross_entropy"] for v in run["validations"]], "o-",
-              ms=3, color="C3", label="validation")
-    loss.set(title="Loss", ylabel="cross-entropy (nats a token)")
-    loss.legend(frameon=False)
-    if gated:
-        (gates, coefs), L = panels, run["config"]["n_layers"]
-        colors, aims = plt.cm.viridis([1.7 * l / L + 0.05 for l in range(L // 2)]), targets(run["config"])
-        gates.set_prop_cycle(color=colors)
-        coefs.set_prop_cycle(color=colors)
-        blocks = [f"{l} and {L - 1 - l}" for l in range(L // 2)]
-        gates.plot(curve["step"], curve["gate_mean"], lw=1.2, label=blocks)
-        gates.hlines(aims, 0, 1, colors[:len(aims)], ":", lw=0.8, transform=gates.get_yaxis_transform())
-        coefs.plot(curve["step"], curve["mean_coef"], lw=1.2)
-        coefs.plot(curve["step"], curve["var_coef"], "--", lw=1.2)
-        gates.set(title="Mean gate (dotted: its target)" if aims else "Mean gate", ylim=(-0.02, 1.02))
-        coefs.set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
-        coefs.legend(handles=gates.lines, title="blocks", loc="center left", bbox_to_anchor=(1, 0.5),
-                     frameon=False)
+    fig, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes[0]:
-        ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
+    return fig, axes[0]
+
+
+def save(fig, path):
+    """Whole, or as it was."""
     fig.savefig(f"{path}.partial", dpi=100, format="png")
-    os.replace(f"{path}.partial", path)  # whole, or as it was
+    os.replace(f"{path}.partial", path)
 
 
-def bars(values: list[float], width: int = 24) -> list[str]:
-    """A line a layer: its number, a bar, the value between 0 and 1."""
-    return [f"  block {l:2d} |{'█' * round(v * width):{width}s}| {v:6.1%}" for l, v in enumerate(values)]
+def plot(run, curve, path):
+    """Loss, mean gates and coefficients over steps, as one picture."""
+    panels = 3 if "gate_mean" in curve else 1
+    fig, (loss, *rest) = canvas(panels, (1 + 5 * panels, 4.2))
+    loss.plot(curve["step"], curve["cross_entropy"], color="0.7", lw=1, label="training")
+    at, losses = ([v[k] for v in run["validations"]] for k in ("step", "cross_entropy"))
+    loss.plot(at, losses, "o-", ms=3, color="C3", label="validation")
+    loss.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats a token)")
+    loss.legend(frameon=False)
+    if rest:
+        draw_gates(*rest, run["config"], curve)
+    save(fig, path)
 
 
-def closing_lines(run: dict, place: Path):
+def draw_gates(gates, coefs, config, curve):
+    from matplotlib import cm
+    L, aims = config["n_layers"], targets(config)
+    colors = cm.viridis([1.7 * l / L + 0.05 for l in range(L // 2)])
+    for ax in gates, coefs:
+        ax.set_prop_cycle(color=colors)
+        ax.set_xlabel("step")
+    gates.plot(curve["step"], curve["gate_mean"], label=[f"{l} and {L - 1 - l}" for l in range(L // 2)])
+    gates.hlines(aims, 0, 1, colors[:len(aims)], ":", transform=gates.get_yaxis_transform())
+    gates.set(title=f"Mean gate{' (dotted: its target)' if aims else ''}", ylim=(-0.02, 1.02))
+    coefs.plot(curve["step"], curve["mean_coef"])
+    coefs.plot(curve["step"], curve["var_coef"], "--")
+    coefs.set(title="Coefficients (solid: mean, dashed: variance)", ylabel="alpha, beta")
+    coefs.legend(handles=gates.lines, title="blocks", loc="center left", bbox_to_anchor=(1, 0.5),
+                 frameon=False)
+
+
+# ---- what there is to say ---------------------------------------------------------------------------------
+
+def opening_lines(run):
+    """Where, on what, and of which model and data."""
+    c, env = run["config"], run["env"]
+    yield f"{run['place']}  ({env['command']})"
+    yield (f"{env['device']}, processes: {env['world_size']}, threads: {env['threads']}, torch "
+           f"{env['packages']['torch']}, {env['dtype']}{', compiled' if env['compile'] else ''}")
+    aims = targets(c)
+    yield (f"model: {c['n_layers']} blocks, d {c['dim']}, {c['n_heads']} heads, {archive.parameters(c):,} "
+           f"parameters, control {c['control']}"
+           f"{f' to a mean gate of {aims[-1]} in the middle' if aims else ''}")
+    if len(aims) == 1:
+        yield "with 2 blocks there is one level, whose target is --mean_target_start"
+    yield f"weights: {c['init_from'] or 'new'}"
+    for split, shards in env["shards"].items():
+        tokens = min(sum(shard["tokens"] for shard in shards), c[f"{split}_tokens"] or math.inf)
+        yield f"{split}: {tokens:,} tokens"
+    yield f"steps: {c['num_steps']} of {c['batch_size']} x {c['max_seq_len']} tokens"
+
+
+def warnings(run):
+    """(the paper's way to fail, what to do) where the last of the validations shows one."""
+    losses = [v["cross_entropy"] for v in run["validations"]]
+    if not losses:
+        return
+    c, last = run["config"], run["validations"][-1]
+    asked = c["control"] in MOVING and min(targets(c)) < 0.95
+    if asked and 2 * last["step"] >= c["num_steps"] and max(last["gate_zero"]) < 0.01:
+        yield "collapse to dense", ("no gate is closed although the targets ask for it; try a larger "
+                                    "--coef_update")
+    if losses[-1] > losses[0] + 0.1:
+        yield "divergence", "validation loss is above where it began; try a lower --lr or --norm sandwich"
+    elif losses[-1] > min(losses) + 0.2:
+        yield "collapse of performance", (f"validation loss was {min(losses):.4f}; try a smaller "
+                                          "--coef_update")
+
+
+def closing_lines(run):
     """What a run came to, and what to do next with it."""
-    c, s = run["config"], run["summary"]
+    c, s, place = run["config"], run["summary"], run["place"]
     if s.get("interrupted", True):
         yield f"{place} is not finished"
         return
@@ -95,36 +126,61 @@ def closing_lines(run: dict, place: Path):
         yield f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped each block, in validation"
         yield from bars(s["gate_zero"])
         yield f"FLOPs a token, forward: {flops:.3g} realised, {full:.3g} dense ({flops / full:.2f} of it)"
-        if s.get("dense_step_seconds"):
-            yield (f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of "
-                   "the same size (forward and backward of one micro-batch, medians, measured at the end)")
-    if s["ranks"] > 1:
-        longer = s["averaged_step_seconds"] - s["gated_step_seconds"]
-        yield (f"{s['ranks']} ranks: averaging the gradients takes {1e3 * s['all_reduce_seconds']:.1f} ms "
-               f"alone and lengthens a step by {1e3 * longer:.1f} ms; the busiest rank has "
-               f"{s['rank_imbalance']:.3f} of the mean number of active tokens")
+    if s.get("dense_step_seconds"):  # (an older run's, which measured it)
+        yield (f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of the "
+               "same size (forward and backward of one micro-batch, medians, measured at the end)")
+    if ddp := s.get("ddp"):
+        total, hidden = ddp["avg_backward_comm_time"], ddp["avg_backward_compute_comm_overlap_time"]
+        yield (f"averaging the gradients takes {total / 1e6:.1f} ms a step, of which {hidden / 1e6:.1f} ms "
+               "are hidden behind the backward pass")
     if "folder" in run:
+        steps = [e for e in archive.read_events(run["folder"]) if e["kind"] == "train"]
+        yield from step_lines(c, steps)
         yield (f"record: {place} (look at plot.png)\nnext:\n  ./run.sh eval --checkpoint {place}\n"
                f"  ./run.sh sample --checkpoint {place} --prompt 'def ' --show_depth\n  ./run.sh report")
     else:
         yield f"packed: ./run.sh --config {place} runs it again, ./run.sh show {place} --plot draws it"
 
 
-def main(argv: list[str] | None = None) -> int:
-    def body():
-        parser = archive.Parser(__doc__)
-        parser.add_argument("record", type=Path, help="a run's folder, or PARENT/NAME of a packed one")
-        parser.add_argument("--plot", action="store_true", help="draw it, instead")
-        args = parser.parse_args(argv)
-        run, curve = archive.find(args.record)
-        if args.plot:
-            plot(run, curve, args.record / "plot.png" if "folder" in run else Path(f"{args.record}.png"))
-        else:
-            print(*closing_lines(run, args.record), sep="\n")
-        return 0
-
-    return archive.exit_status(body)
+def step_lines(c, steps):
+    """What its events tell of the time of a training step: beside its first, and of ranks that wait."""
+    tenth = len(steps) // 10
+    if tenth > 1 and c["control"] != "dense":
+        first, last = ((median(e["tokens_per_s"] for e in part), mean(mean(e["gate_zero"]) for e in part))
+                       for part in (steps[:tenth], steps[-tenth:]))
+        yield (f"a training step took {first[0] / last[0]:.2f} of its first time: {last[1]:.0%} of the gates "
+               f"are closed in the last tenth of the steps, {first[1]:.0%} in the first")
+    if steps and "rank_imbalance" in steps[-1]:
+        yield (f"the busiest rank has {mean(e['rank_imbalance'] for e in steps):.3f} of the mean number of "
+               "active tokens")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def bars(values, width=24):
+    """A line a layer: its number, a bar, the value between 0 and 1."""
+    return [f"  block {l:2d} |{'█' * round(v * width):{width}s}| {v:6.1%}" for l, v in enumerate(values)]
+
+
+def show(args):
+    run, curve = archive.find(args.record)
+    run["place"], log = args.record, args.record / "log.txt"
+    lines = closing_lines(run)
+    if args.opening:
+        lines = opening_lines(run)
+    if args.plot:
+        plot(run, curve, log.with_name("plot.png") if "folder" in run else Path(f"{args.record}.png"))
+        said = log.read_text() if log.exists() else ""
+        lines = [f"WARNING: {way}: {advice}" for way, advice in warnings(run)
+                 if f"WARNING: {way}" not in said]
+    for line in lines:
+        print(line)
+        if args.log:
+            with open(log, "a") as file:
+                print(line, file=file)
+    return 0
+
+
+main = archive.command(__name__, show, __doc__, {
+    "record": dict(type=Path, help="a run's folder, or PARENT/NAME of a packed one"),
+    "--plot": dict(action="store_true", help="draw it, and warn of a run that fails, instead"),
+    "--opening": dict(action="store_true", help="where, on what and of what it is, instead"),
+    "--log": dict(action="store_true", help="append what is said to its log.txt, too")})

@@ -20,9 +20,10 @@ GATES = ["control", "mean_target_start", "mean_target_end", "seed"]  # which dec
 FIELDS = [*GATES, "norm", "gate_attention", "compute", "encoding", "device", "dtype", "compile"]
 
 
-def command(run, doc, options, fields):
-    """A tool's main(argv), which returns the exit status. run(args, explicit) gets the tool's own flags, of
-    `options`, and those of Config's `fields` that were given; `doc` is its docstring."""
+def command(module, run, doc, options, fields):
+    """A tool's main(argv), which returns the exit status; where its `module` is the program, it runs.
+    run(args, explicit) gets the tool's own flags, of `options`, and those of Config's `fields` that were
+    given; `doc` is its docstring."""
     def main(argv=None):
         def body():
             parser = tgs.Parser(description=doc, allow_abbrev=False,
@@ -39,15 +40,13 @@ def command(run, doc, options, fields):
 
         return tgs.exit_status(body)
 
+    if module == "__main__":
+        sys.exit(main())
     return main
 
 
-def load(args, explicit):
-    """Settings and weights of --checkpoint; data and gates are its record's unless a flag says otherwise."""
-    return of_checkpoint(args.checkpoint, explicit)
-
-
 def of_checkpoint(source, explicit):
+    """Settings and weights of --checkpoint; data and gates are its record's unless a flag says otherwise."""
     stored, weights = tgs.read_weights(source)
     also = [*GATES, "val_files", "val_tokens", "device_batch_size", "dtype"]
     settings = {k: stored[k] for k in also if stored.get(k) is not None}
@@ -86,11 +85,6 @@ def encode(cfg, text):
         raise UserError(f"the {encoding.name} tokeniser is not the model's, which knows {cfg.vocab_size} "
                         "tokens; name its own with --encoding")
     return tokens
-
-
-def new_file(path, text):
-    with open(path, "x", encoding="utf-8") as f:
-        f.write(text)
 
 
 def write_json(path, content):

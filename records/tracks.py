@@ -13,8 +13,6 @@ depend on what else runs, and costs are taken not from these runs but from `time
 needs the weights of gated rows, which git ignores: a seed without weights counts with the mean of its row's
 others. `pack` takes of a folder what records/archive.py says, and leaves weights where they are.
 """
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -23,14 +21,11 @@ from pathlib import Path
 from statistics import fmean as mean
 
 import torch
-from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "records")]
-import archive  # noqa: E402
-import tool  # noqa: E402
-import train_gpt_skip as tgs  # noqa: E402
-from archive import RecordError, Row  # noqa: E402
+import archive
+import tool
+from archive import RecordError, Row
+from tool import ROOT, tgs
 
 MAY_DIFFER = {"name", "preset", "config", "device", "device_batch_size", "compile", "log_every", "save_every",
               "records_dir"}  # of runs that count as the same
@@ -38,16 +33,22 @@ MAY_DIFFER = {"name", "preset", "config", "device", "device_batch_size", "compil
 
 # ---- running ----------------------------------------------------------------------------------------------
 
-def settings_of(flags: list[str]) -> dict:
-    """All settings that these flags of the trainer make, but for those that a run finds out itself."""
+def resolved(flags):
+    """The Config that these flags of the trainer make, and the fields that they give."""
     _, given = tgs.parse_settings(tgs.Parser(), flags)
-    settings = dataclasses.asdict(tgs.resolve(given)[0])
+    return tgs.resolve(given)[0], given
+
+
+def settings_of(flags):
+    """All settings that these flags make, but for those that a run finds out itself."""
+    settings = vars(resolved(flags)[0])
     return {k: v for k, v in settings.items() if v is not None and k not in MAY_DIFFER}
 
 
-def missing(track: dict, rows: dict[str, Row], seeds: int, folder: Path, more: list[str]):
+def missing(track, rows, seeds, folder, more):
     """(what, flags) of each run that is not recorded, seed by seed."""
-    found, place = archive.runs(folder), os.path.relpath(folder, ROOT)
+    found = archive.runs(folder)
+    place = os.path.relpath(folder, ROOT)
     for seed in range(seeds):
         for name, row in rows.items():
             flags = [*track["base"].split(), *more, *row.flags, "--seed", str(seed)]
@@ -60,7 +61,7 @@ def missing(track: dict, rows: dict[str, Row], seeds: int, folder: Path, more: l
                 yield f"{name}, seed {seed}", ["--resume", f"{place}/{same[-1]['name']}"]
 
 
-def run(track: dict, todo: list[tuple[str, list[str]]]) -> int:
+def run(track, todo):
     seconds, failed = [], []
     for i, (what, flags) in enumerate(todo):
         left = f", about {mean(seconds) * (len(todo) - i) / 60:.0f} minutes left" if seconds else ""
@@ -82,77 +83,75 @@ def run(track: dict, todo: list[tuple[str, list[str]]]) -> int:
 
 # ---- timing -----------------------------------------------------------------------------------------------
 
-def models(track: dict, rows: dict[str, Row], folder: Path):
+def models(track, rows, folder):
     """(name, model, optimizers) of what is timed: a model without routers by its row's name, with new weights
     (they do not matter), and by its own name each other run, the last of its seed, whose weights are here."""
-    for row, (_, flags, _) in (rows | {track["unit"]: archive.rows_of(track)[track["unit"]]}).items():
-        _, given = tgs.parse_settings(tgs.Parser(), [*track["base"].split(), *flags])
-        names = [run["name"] for (of, _), run in archive.newest(folder).items()
-                 if of == row and (folder / run["name"] / "model.safetensors").exists()]
-        if tgs.resolve(given)[0].control == "dense":
-            names = [row]
-        elif not names:
+    runs = archive.newest(folder)
+    for row, (_, flags, _) in rows.items():
+        flags = [*track["base"].split(), *flags, "--lr", "1e-30"]  # with which nothing changes
+        cfg, given = resolved(flags)
+        found = {run["name"]: folder / run["name"] for (of, _), run in runs.items() if of == row}
+        sides = {name: tool.of_checkpoint(str(place), given) for name, place in found.items()
+                 if cfg.n_routers and (place / "model.safetensors").exists()}
+        if not cfg.n_routers:
+            sides[row] = cfg, None
+        if not sides:
             print(f"tracks.py: {row} is left out: no weights of it are here")
-        for name in names:
-            new = name == row
-            cfg, weights = tgs.resolve(given) if new else tool.of_checkpoint(str(folder / name), given)
+        for name, (cfg, weights) in sides.items():
             model = tgs.build_model(cfg, tgs.Runtime(cfg), weights, name)
-            optimizers = tgs.make_optimizers(model, cfg).values()
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = 0.0
-            yield name, model, optimizers
+            yield name, model, tgs.make_optimizers(model, cfg).values()
 
 
-def measure(track: dict, rows: dict[str, Row], rounds: int, folder: Path) -> int:
+def measure(track, rows, rounds, folder):
     """Seconds of a forward pass and of a training step (forward, backward, optimizer), compiled, on the same
     validation text, in turn in this process: medians, and the medians of the rounds' ratios to the unit's (a
     machine that drifts moves both sides of a round)."""
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 64  # rows share functions: each kind of gate and norm is a graph
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    sides, times = {name: side for name, *side in models(track, rows, folder)}, []
-    tokens = max(model.cfg.device_batch_size * model.cfg.max_seq_len for model, _ in sides.values())
-    for i in range(rounds + 2):
-        times.append([])
-        for model, optimizers in sides.values():
-            B, T = model.cfg.device_batch_size, model.cfg.max_seq_len
-            shards = tgs.Shards(model.cfg, "val")
-            places = tgs.sequences(shards, model.cfg)
-            first = i * tokens // T % (len(places) - B)
-            batch = torch.stack([shards.window(*place, T + 1) for place in places[first:first + B]])
-            start = time.perf_counter()
-            with torch.no_grad():
-                model(batch[:, :-1], batch[:, 1:])
-            middle = time.perf_counter()
-            model(batch[:, :-1], batch[:, 1:])[0].backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            end = time.perf_counter()
-            times[i].append([(middle - start) * tokens / B / T, end - middle])  # forward: of as many tokens
+    sides = {name: side for name, *side in models(track, rows, folder)}
+    configs = [model.cfg for model, _ in sides.values()]
+    tokens = max(cfg.device_batch_size * cfg.max_seq_len for cfg in configs)
+    shards = tgs.Shards(configs[0], "val")
+    times = [[timed(*side, shards, i * tokens, tokens) for side in sides.values()] for i in range(rounds + 2)]
+    each = torch.tensor(times[2:], dtype=torch.float64)  # (rounds, models, 2); the first two compile
+    unit = each[:, [[*sides].index(track["unit"])]]
 
-    def medians(each: Tensor) -> dict:
+    def medians(each):
         found = each.quantile(0.5, 0).tolist()
         return {name: {"forward": forward, "train": train} for name, (forward, train) in zip(sides, found)}
 
-    each = torch.tensor(times[2:], dtype=torch.float64)  # (rounds, models, 2); the first two compile
-    unit = each[:, [[*sides].index(track["unit"])]]
-    content = {"env": tgs.environment(tgs.Runtime(model.cfg), {"val": shards}), "rounds": rounds,
+    content = {"env": tgs.environment(tgs.Runtime(configs[0]), {"val": shards}), "rounds": rounds,
                "seconds": medians(each), "ratios": medians(each / unit)}
     path = tgs.make_folder(folder, "times") / "times.json"
-    tgs.write_atomically(path, lambda f: f.write((json.dumps(content, indent=1) + "\n").encode()))
+    tool.write_json(path, content)
     for name, ratio in content["ratios"].items():
         print(f"{name:60s}  forward {ratio['forward']:.3f}, train {ratio['train']:.3f} of {track['unit']}'s")
     print(f"record: {path.parent}")
-    return 0
+
+
+def timed(model, optimizers, shards, at, tokens):
+    """Seconds of a forward pass, over so many tokens, and of a step, of a batch of the text from `at` on."""
+    B, T = model.cfg.device_batch_size, model.cfg.max_seq_len
+    places = tgs.sequences(shards, model.cfg)
+    first = at // T % (len(places) - B)
+    x, y = shards.batch(places[first:first + B], T, tgs.Runtime(model.cfg))
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(x, y)
+    middle = time.perf_counter()
+    model(x, y)[0].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return (middle - start) * tokens / B / T, time.perf_counter() - middle
 
 
 # ---- the command ------------------------------------------------------------------------------------------
 
-def pack(parent: Path) -> int:
+def pack(parent):
     status = 0
-    kinds = "config.json", "times.json", "bench.json"
-    folders = {path.parent for kind in kinds for path in parent.glob(f"*/{kind}")}
+    folders = {path.parent for kind in ("config", "times", "bench") for path in parent.glob(f"*/{kind}.json")}
     if not folders:
         raise RecordError(f"{parent} holds no live record")
     for folder in sorted(folders):
@@ -164,34 +163,41 @@ def pack(parent: Path) -> int:
     return status
 
 
-def main(argv: list[str] | None = None) -> int:
-    def body():
-        given = sys.argv[1:] if argv is None else argv
-        cut = given.index("--") if "--" in given else len(given)
-        parser = archive.Parser(__doc__)
-        parser.add_argument("what", choices=("run", "time", "pack"))
-        parser.add_argument("of", nargs="?", default=next(iter(archive.TRACKS)), metavar="TRACK",
-                            help=f"{', '.join(archive.TRACKS)} (default: the first); to pack, also a folder")
-        parser.add_argument("--seeds", type=int, help="seeds of each row (default: the track's)")
-        parser.add_argument("--rounds", type=int, default=9, help="measurements of each row (default: 9)")
-        parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows of the track (default: all)")
-        parser.add_argument("--records_dir", type=Path, help="where its runs lie (default: records/TRACK)")
-        args = parser.parse_args(given[:cut])
+def main(argv=None):
+    given = [*(sys.argv[1:] if argv is None else argv), "--"]
+    cut = given.index("--")
+    further = given[cut + 1:-1]
+
+    def act(args):
+        folder = args.records_dir or ROOT / "records" / args.of
         if args.what == "pack":
-            return pack(ROOT / "records" / args.of if args.of in archive.TRACKS else Path(args.of))
+            return pack(folder if args.of in archive.TRACKS else Path(args.of))
         if args.of not in archive.TRACKS:
-            parser.error(f"{args.of} is no track of records/tracks.toml")
-        track, folder = archive.TRACKS[args.of], args.records_dir or ROOT / "records" / args.of
+            raise RecordError(f"{args.of} is no track of records/tracks.toml")
+        track = archive.TRACKS[args.of]
         rows = {name: row for name, row in archive.rows_of(track).items() if row.flags is not None}
-        if unknown := set(args.rows or ()) - set(rows):
-            parser.error(f"{min(unknown)} is no row of {args.of} in records/tracks.toml")
-        rows = {name: rows[name] for name in args.rows or rows}
+        names = args.rows or [*rows]
         if args.what == "time":
-            return measure(track, rows, args.rounds, folder)
-        return run(track, [*missing(track, rows, args.seeds or track["seeds"], folder, given[cut + 1:])])
+            names = {*names, track["unit"]}
+        if unknown := {*names} - {*rows}:
+            raise RecordError(f"'{min(unknown)}' is no row of {args.of} in records/tracks.toml")
+        rows = {name: rows[name] for name in names}
+        if args.what == "run":
+            return run(track, [*missing(track, rows, args.seeds or track["seeds"], folder, further)])
+        measure(track, rows, args.rounds, folder)
+        return 0
 
-    return tgs.exit_status(lambda: archive.exit_status(body))
+    return tgs.exit_status(lambda: archive.command("", act, __doc__, ARGUMENTS)(given[:cut]))
 
+
+ARGUMENTS = {
+    "what": dict(choices=("run", "time", "pack")),
+    "of": dict(nargs="?", default=[*archive.TRACKS][0], metavar="TRACK",
+               help=f"{', '.join(archive.TRACKS)} (default: the first); to pack, also a folder"),
+    "--seeds": dict(type=int, help="seeds of each row (default: the track's)"),
+    "--rounds": dict(type=int, default=9, help="measurements of each row (default: 9)"),
+    "--rows": dict(nargs="+", metavar="ROW", help="rows of the track (default: all)"),
+    "--records_dir": dict(type=Path, help="where its runs lie (default: records/TRACK)")}
 
 if __name__ == "__main__":
     sys.exit(main())
