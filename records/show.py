@@ -88,7 +88,10 @@ def opening_lines(run):
            f"{f' to a mean gate of {aims[-1]} in the middle' if aims else ''}")
     if len(aims) == 1:
         yield "with 2 blocks there is one level, whose target is --mean_target_start"
-    yield f"weights: {c['init_from'] or 'new'}"
+    source = Path(c["init_from"] or "") / "config.json"
+    dense = source.exists() and archive.read_object(source).get("control") == "dense"
+    routers = ", which is dense: the routers are new" if dense and archive.n_routers(c) else ""
+    yield f"weights: {c['init_from'] or 'new'}{routers}"
     for split, shards in env["shards"].items():
         tokens = min(sum(shard["tokens"] for shard in shards), c[f"{split}_tokens"] or math.inf)
         yield f"{split}: {tokens:,} tokens"
