@@ -2002,16 +2002,16 @@ def test_no_damage_to_a_checkpoint_changes_what_is_read_from_it(tmp_path_factory
 
 # Disk
 
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left"), RuntimeError("No space left")])
+@pytest.mark.parametrize("fault", [lambda: OSError(errno.ENOSPC, "No space left"),
+                                   lambda: RuntimeError("No space left")], ids=["system", "torch.save"])
 def test_a_full_disk_stops_the_run_in_one_line_with_the_checkpoint_before_intact_and_nothing_half_written(
         lab, monkeypatch, fault):
-    """As the system says it, and as torch.save does."""
     kw = dict(num_steps=6, save_every=2, **DRIVEN)
     whole = end_of(lab.train("whole", **kw))
 
     def fsync(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint_4.pt.partial"):
-            raise fault
+            raise fault()
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fsync)
