@@ -994,134 +994,200 @@ def events(folder, kind=None):
 
 
 def only_record(folder):
-    found = [p for p in folder.iterdir() if p.is_dir()]
-    assert len(found) == 1
-    return found[0]
+    (record,) = [p for p in folder.iterdir() if p.is_dir()]
+    return record
 
 
-def run_script(*argv, script="train_gpt_skip.py", **kw):
-    return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True,
+def summary_of(record):
+    return json.loads((record / "summary.json").read_text())
+
+
+def refused_in_one_line(capsys, argv, *words, status=2, main=tgs.main):
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    monkeypatch.setattr(tgs.Record, "show", lambda *args, **kw: None)  # a second a run
+
+
+@dataclasses.dataclass
+class Lab:
+    """Runs of the script on the corpus, none of which is drawn, each in a named folder."""
+    corpus: Path
+    folder: Path
+    capsys: pytest.CaptureFixture
+
+    def flags(self, name, **kw):
+        return flags(self.corpus, self.folder / name, **kw)
+
+    def record(self, name):
+        return only_record(self.folder / name)
+
+    def launch(self, name, world=1, before=lambda rank: None, **kw):
+        return Ranks(self.folder, self.flags(name, **kw), world, before)
+
+    def train(self, name, *launch, **kw):
+        """In this process, or launched as others."""
+        if launch:
+            run = self.launch(name, *launch, **kw)
+            assert set(run.wait()) == {0}, run.text()
+        else:
+            assert tgs.main(self.flags(name, **kw)) == 0
+        return self.record(name)
+
+    def resume(self, record, *argv):
+        self.capsys.readouterr()
+        assert tgs.main(["--resume", str(record), *argv]) == 0
+        return self.capsys.readouterr()
+
+    def refuses(self, *words, name="refused", status=2, **kw):
+        refused_in_one_line(self.capsys, self.flags(name, **kw), *words, status=status)
+
+
+@pytest.fixture
+def lab(corpus, tmp_path, capsys, no_plot):
+    return Lab(corpus, tmp_path, capsys)
+
+
+def run_script(script, *argv, **kw):
+    return subprocess.run([sys.executable, script, *map(str, argv)], capture_output=True, text=True,
                           timeout=120, **kw)
 
 
+FILES = set("log.txt metrics.jsonl config.json env.json summary.json model.safetensors".split())
+
+
 def test_a_run_of_the_script_leaves_a_record_that_says_everything(tmp_path, corpus):
-    done = run_script(*flags(corpus, tmp_path, num_steps=6, val_every=4, name="trial"))
+    argv = flags(corpus, tmp_path, num_steps=6, val_every=4, name="trial")
+    done = run_script(ROOT / "train_gpt_skip.py", *argv)
     assert done.returncode == 0, done.stderr
     record = only_record(tmp_path)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_trial", record.name)
-    names = {p.name for p in record.iterdir()}
-    assert names == {"log.txt", "metrics.jsonl", "config.json", "env.json", "train_gpt_skip.py",
-                     "summary.json", "plot.png", "checkpoint_6.pt", "model.safetensors"}
-    train, val = events(record, "train"), events(record, "val")
-    assert [e["step"] for e in train] == list(range(6)) and [e["step"] for e in val] == [0, 4, 6]
-    assert set(train[0]) == {"kind", "step", "tokens", "train_s", "loss", "cross_entropy", "lr", "grad_norm",
-                             "tokens_per_s", "gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"}
-    assert set(val[0]) == {"kind", "step", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "tokens",
-                           "val_s", "realised_flops_per_token"}
-    assert all(len(train[0][k]) == 4 for k in ("gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"))
-    config, env = (json.loads((record / f).read_text()) for f in ("config.json", "env.json"))
-    assert config["dim"] == 16 and len(env["source_sha256"]) == 64
+    assert {p.name for p in record.iterdir()} == FILES | {"train_gpt_skip.py", "plot.png", "checkpoint_6.pt"}
+    train = events(record, "train")
+    val = events(record, "val")
+    assert [e["step"] for e in train] == list(range(6))
+    assert [e["step"] for e in val] == [0, 4, 6]
+    assert " ".join(train[0]) == ("kind step tokens train_s loss cross_entropy lr grad_norm tokens_per_s "
+                                  "gate_mean gate_var gate_zero mean_coef var_coef")
+    assert " ".join(val[0]) == ("kind step cross_entropy gate_mean gate_var gate_zero tokens val_s "
+                                "realised_flops_per_token")
+    assert len(train[0]["gate_mean"]) == len(train[0]["var_coef"]) == 4
+    assert tgs.read_json(record / "config.json")["dim"] == 16
+    env = tgs.read_json(record / "env.json")
+    assert env["source_sha256"] == tgs.source_hash()
     assert env["shards"]["train"][1] == {"name": "c_train_000002.bin", "bytes": 5024, "tokens": 2000}
-    summary = json.loads((record / "summary.json").read_text())
-    assert summary["cross_entropy"] == val[-1]["cross_entropy"] and summary["step"] == 6
+    assert summary_of(record)["cross_entropy"] == val[-1]["cross_entropy"]
     assert "sparsity" in done.stdout and "eval --checkpoint" in done.stdout
     assert (record / "log.txt").read_text() in done.stdout + "\n"
 
-    again = run_script("--checkpoint", record, "--val_files", corpus / "c_val_*.bin", "--device", "cpu",
-                       script="records/evaluate.py")
-    assert again.returncode == 0, again.stderr
+    again = run_script(ROOT / "records" / "evaluate.py", "--checkpoint", record, "--device", "cpu")
     loss = float(re.search(r"cross_entropy (\d+\.\d{4,})", again.stdout)[1])
     assert loss == pytest.approx(val[-1]["cross_entropy"], abs=1e-5)
 
 
-def test_the_first_steps_of_a_run_are_those_of_the_equations(tmp_path, corpus):
+def test_a_copy_of_the_script_alone_in_a_folder_trains_and_writes_its_record(tmp_path, corpus):
+    """All but the plot and what records/show.py tells. The project's tools read the record."""
+    script = shutil.copy(ROOT / "train_gpt_skip.py", tmp_path / "fork.py")
+    done = run_script(script, *flags(corpus, "records", num_steps=4, batch_size=6, device_batch_size=6),
+                      cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    record = only_record(tmp_path / "records")
+    assert {p.name for p in record.iterdir()} == FILES | {"fork.py", "checkpoint_4.pt"}
+    assert f"validation loss {summary_of(record)['cross_entropy']:.4f}" in done.stdout
+    assert evaluate.main(["--checkpoint", str(record), "--device_batch_size", "5"]) == 0
+
+
+def test_the_first_steps_of_a_run_are_those_of_the_equations(lab):
     """Loss, gate statistics and coefficients of two steps of two micro-batches, by oracle and AdamW in
     float64."""
-    cfg = Config(**TINY | dict(num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3))
-    assert tgs.main(flags(corpus, tmp_path, num_steps=2, mean_target_end=0.2, coef_update=0.5,
-                          initializer_range=0.3)) == 0
-    seen = events(only_record(tmp_path), "train")
+    kw = dict(num_steps=2, mean_target_end=0.2, coef_update=0.5, initializer_range=0.3)
+    seen = events(lab.train("run", **kw), "train")
+    cfg = Config(**TINY | kw)
     model = MiddleSkippingTransformer(cfg)
     tgs.initialise(model, cfg)
     P = {k: v.detach().double().requires_grad_() for k, v in model.named_parameters()}
-    adam = torch.optim.AdamW(P.values(), lr=0, betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
-    tokens = torch.from_numpy(np.fromfile(corpus / "c_train_000001.bin", "<u2", offset=1024).astype(np.int64))
-    alpha, beta = torch.zeros(4).double(), torch.zeros(4).double()
+    adam = torch.optim.AdamW(P.values(), betas=(0.8, 0.95), eps=1e-10, weight_decay=0)
+    tokens = torch.from_numpy(np.fromfile(lab.corpus / "c_train_000001.bin", "<u2", offset=1024).astype(int))
+    alpha = torch.zeros(4).double()
+    beta = torch.zeros(4).double()
     mu = torch.tensor([1.0, 0.2, 0.2, 1.0]).double()
-    for step, lr in enumerate((1e-3, 1e-3 * 0.5)):
+    for step, lr in enumerate((1e-3, 0.5e-3)):
         losses, gates = [], []
-        for a in range(2):
-            first = step * 32 + a * 16
-            x, y = tokens[first:first + 16].view(2, 8), tokens[first + 1:first + 17].view(2, 8)
-            logits, g = oracle_forward(x, P, cfg)
-            losses.append(oracle_loss(logits, g, y, alpha, beta))
+        for first in range(step * 32, step * 32 + 32, 16):
+            logits, g = oracle_forward(tokens[first:first + 16].view(2, 8), P, cfg)
+            targets = tokens[first + 1:first + 17].view(2, 8)
+            losses.append(oracle_loss(logits, g, targets, alpha, beta))
             gates.append(g.detach().flatten(1))
-        sum(losses).div(2).backward()
+        loss = sum(losses) / 2
+        loss.backward()
         adam.param_groups[0]["lr"] = lr
-        adam.step(), adam.zero_grad()
-        g = torch.cat(gates, 1)
-        m, v = g.mean(1), g.var(1, unbiased=False)
+        adam.step()
+        adam.zero_grad()
+        m = torch.cat(gates, 1).mean(1)
+        v = torch.cat(gates, 1).var(1, unbiased=False)
         for coef, deviation in ((alpha, m - mu), (beta, v - mu * (1 - mu))):
             coef += 0.5 * deviation * (deviation.abs() > 0.01)
-        event = seen[step]
-        assert event["lr"] == pytest.approx(lr) and event["loss"] == pytest.approx(sum(losses).item() / 2,
-                                                                                   rel=1e-4)
-        assert event["gate_mean"] == pytest.approx(m.tolist(), abs=1e-4)
-        assert event["gate_var"] == pytest.approx(v.tolist(), abs=1e-4)
-        assert event["mean_coef"] == pytest.approx(alpha.tolist(), abs=1e-4)
-        assert event["var_coef"] == pytest.approx(beta.tolist(), abs=1e-4)
+        assert seen[step]["lr"] == pytest.approx(lr)
+        want = dict(loss=loss, gate_mean=m, gate_var=v, mean_coef=alpha, var_coef=beta)
+        for name, value in want.items():
+            assert seen[step][name] == pytest.approx(value.tolist(), abs=1e-4), name
 
 
-def test_a_target_loss_stops_the_run_and_the_summary_says_when(tmp_path, corpus):
-    assert tgs.main(flags(corpus, tmp_path, num_steps=20, val_every=2, target_loss=99.0)) == 0
-    summary = json.loads((only_record(tmp_path) / "summary.json").read_text())
-    assert summary["target_reached"] and summary["step"] == 0
-
-
-def test_what_stops_at_a_target_loss_is_saved_as_it_is_then_and_resumes_there(tmp_path, corpus, no_plot):
-    argv = flags(corpus, tmp_path, num_steps=20, val_every=1, save_every=100, lr=0.01)
-    assert tgs.main(argv) == 0
-    record = only_record(tmp_path)
-    losses = [e["cross_entropy"] for e in events(record, "val")]
+def test_a_target_loss_stops_the_run_which_is_saved_as_it_is_then_and_resumes_there(lab):
+    kw = dict(num_steps=20, val_every=1, save_every=100, lr=0.01)
+    losses = [e["cross_entropy"] for e in events(lab.train("whole", **kw), "val")]
     at = next(i for i in range(2, 20) if losses[i] < min(losses[:i]))
-    target = (losses[at] + min(losses[:at])) / 2
-    assert tgs.main(argv + ["--records_dir", str(tmp_path / "b"), "--target_loss", str(target)]) == 0
-    stopped = only_record(tmp_path / "b")
-    assert tgs.checkpoints(stopped)[-1].name == f"checkpoint_{at}.pt"
-    before = timeless(stopped)
-    assert tgs.main(["--resume", str(stopped)]) == 0 and timeless(stopped) == before
+    record = lab.train("cut", target_loss=(losses[at] + min(losses[:at])) / 2, **kw)
+    assert summary_of(record)["target_reached"] and summary_of(record)["step"] == at
+    assert tgs.checkpoints(record)[-1].name == f"checkpoint_{at}.pt"
+    before = timeless(record)
+    lab.resume(record)
+    assert timeless(record) == before
 
 
-def test_a_run_with_muon_learns_and_resumes_as_if_nothing_had_happened(tmp_path, corpus, no_plot):
-    kw = dict(optimizer="muon", num_steps=20, save_every=10, val_every=10, lr=1e-2)
-    assert tgs.main(flags(corpus, tmp_path / "a", **kw)) == 0
-    whole = only_record(tmp_path / "a")
-    first, *_, last = events(whole, "val")
+def test_a_run_with_muon_learns_and_resumes_as_if_nothing_had_happened(lab):
+    record = lab.train("run", optimizer="muon", num_steps=20, save_every=10, val_every=20, lr=1e-2)
+    first, last = events(record, "val")
     assert last["cross_entropy"] < first["cross_entropy"] - 0.1
-    cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
-    (cut / "checkpoint_20.pt").unlink()
-    assert tgs.main(["--resume", str(cut)]) == 0
-    assert same_end(end_of(whole), end_of(cut))
-    state = torch.load(cut / "checkpoint_10.pt")
-    torch.save(state | dict(muon=state["optimizer"]), cut / "checkpoint_10.pt")
-    (cut / "checkpoint_20.pt").unlink()
-    assert tgs.main(["--resume", str(cut)]) == 2
+    whole = end_of(record)
+    (record / "checkpoint_20.pt").unlink()
+    lab.resume(record)
+    assert end_of(record) == whole
 
 
-def test_training_learns_and_reaches_the_targets_of_the_gates(tmp_path, corpus):
+def test_training_learns_and_reaches_the_targets_of_the_gates(lab):
     """A language of period 11: the loss falls below half, and the middle gates come near their target."""
-    kw = dict(num_steps=150, dim=32, lr=1e-2, coef_update=0.1, mean_target_end=0.4, val_every=150,
-              batch_size=8)
-    assert tgs.main(flags(corpus, tmp_path, **kw)) == 0
-    first, last = events(only_record(tmp_path), "val")
+    record = lab.train("run", num_steps=150, dim=32, lr=1e-2, coef_update=0.1, mean_target_end=0.4,
+                       val_every=150, batch_size=8)
+    first, last = events(record, "val")
     assert last["cross_entropy"] < 0.5 * first["cross_entropy"]
-    assert last["gate_zero"][1] > 0.3 and last["gate_mean"][1] == pytest.approx(0.4, abs=0.2)
+    assert last["gate_zero"][1] > 0.3
+    assert last["gate_mean"][1] == pytest.approx(0.4, abs=0.2)
 
 
 def exported(model, folder):
-    folder.mkdir()
-    convert.write(folder, "ours", *convert.ours(model))
+    hub_model = convert.HubModel(model.cfg)
+    hub_model.load_state_dict(model.state_dict())
+    hub_model.save_pretrained(folder)
+    return folder
+
+
+def converted(source, *argv):
+    """The new folder beside the source."""
+    out = source.with_name(f"{source.name} converted")
+    assert convert.main(["--checkpoint", str(source), "--out", str(out), *argv]) == 0
+    return out
+
+
+def same_logits(a, b):
+    inputs, _ = random_tokens(a.cfg)
+    return torch.equal(model_logits(a, inputs)[0], model_logits(b, inputs)[0])
 
 
 @pytest.mark.parametrize("kw", [dict(closing=0.3), dict(closing=0.3, n_kv_heads=1), dict(control="dense")],
@@ -1131,57 +1197,72 @@ def test_a_checkpoint_goes_out_and_comes_back_in_every_layout(tmp_path, kw, layo
     """Ours; the authors', in which a dense model has routers that are all zero; and their hub's, whose names
     begin with `model.`."""
     model, cfg = random_model(15, **kw)
-    exported(model, tmp_path / "a")
-    argv = ["--checkpoint", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--to", layout]
-    assert convert.main(argv) == 0
-    stored = tgs.read_json(tmp_path / "b" / "config.json")
-    file = tgs.read_checkpoint(next((tmp_path / "b").glob("[ms]*")))
+    out = converted(exported(model, tmp_path / "a"), "--to", layout)
+    settings = tgs.read_json(out / "config.json")
+    state = tgs.read_checkpoint(next(out.glob("[ms]*")))
+    if layout == "released":
+        settings = settings["model"]
+        state = state["model"]
     if layout == "ours":
-        assert stored["dim"] == 16 and set(file) == set(model.state_dict())
+        assert set(state) == set(model.state_dict())
     else:
-        sizes, names = (stored["model"], file["model"]) if layout == "released" else (stored, file)
-        assert sizes["zero_init_masks"] == (cfg.control == "dense") and sizes["multiple_of"] == 256
-        prefix = "model." if layout == "hub" else ""
-        assert names[f"{prefix}masks.1.linear.weight"].any() == (cfg.control != "dense")
-    back = convert.HubModel.from_pretrained(tmp_path / "b")
+        assert settings["zero_init_masks"] == (cfg.control == "dense")
+        router = "model.masks.1.linear.weight" if layout == "hub" else "masks.1.linear.weight"
+        assert state[router].any() == (cfg.control != "dense")
+    back = convert.HubModel.from_pretrained(out)
     assert back.cfg.control == cfg.control
-    inputs = random_tokens(cfg)[0]
-    assert torch.equal(model_logits(back, inputs)[0], model_logits(model, inputs)[0])
+    assert same_logits(back, model)
 
 
 def test_a_hub_model_saves_and_loads_itself_also_from_bfloat16(tmp_path):
-    model, cfg = random_model(15, closing=0.3, norm="pre")
-    hub_model, inputs = convert.HubModel(cfg), random_tokens(cfg)[0]
-    hub_model.load_state_dict(model.state_dict())
-    hub_model.save_pretrained(tmp_path / "m")
-    back = convert.HubModel.from_pretrained(tmp_path / "m")
-    assert torch.equal(model_logits(back, inputs)[0], model_logits(model, inputs)[0])
-    assert convert.HubModel.from_pretrained(tmp_path / "m", seed=7).cfg.seed == 7
-    half = {k: v.bfloat16() for k, v in model.state_dict().items()}
-    convert.write(tmp_path / "m", "ours", convert.ours(model)[0], half)
+    model, _ = random_model(15, closing=0.3, norm="pre")
+    back = convert.HubModel.from_pretrained(exported(model, tmp_path / "m"), seed=7)
+    assert same_logits(back, model) and back.cfg.seed == 7
+    settings, state = convert.ours(model)
+    half = {k: v.bfloat16() for k, v in state.items()}
+    convert.write(tmp_path / "m", "ours", settings, half)
     for name, w in convert.HubModel.from_pretrained(tmp_path / "m").state_dict().items():
         assert torch.equal(w, half[name].float())
 
 
+def test_blocks_are_dropped_and_the_others_are_kept_in_order(tmp_path):
+    model, cfg = random_model(15, control="dense")
+    cut = converted(exported(model, tmp_path / "m"), "--drop_blocks", "1", "2")
+    model.layers = torch.nn.ModuleList([model.layers[0], model.layers[3]])
+    model.cfg = dataclasses.replace(cfg, n_layers=2)
+    assert same_logits(convert.HubModel.from_pretrained(cut), model)
+
+
 # Llamas: config.json as transformers 5.24.0 (torch 2.13.0) writes it, less what nobody reads, and the logits
 # of its LlamaForCausalLM with the weights of `llama_weights` for the tokens (i i + 3 i) % 24, i < 200:
-# positions 0, 99 and 199, the first four of the vocabulary.
-COMMON = dict(architectures=["LlamaForCausalLM"], attention_bias=False, hidden_act="silu", mlp_bias=False,
-              model_type="llama", num_hidden_layers=2, num_key_value_heads=2, rms_norm_eps=1e-6,
-              initializer_range=0.02, vocab_size=24, transformers_version="5.24.0")
+# positions 0, 99 and 199, the first four of the vocabulary. One has three heads a key head and tied
+# embeddings; the other, the rotary scaling of Llama 3.2.
+COMMON = """{
+ "architectures": ["LlamaForCausalLM"], "attention_bias": false, "hidden_act": "silu", "mlp_bias": false,
+ "model_type": "llama", "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+ "initializer_range": 0.02, "vocab_size": 24, "transformers_version": "5.24.0",
+"""
+TIED = json.loads(COMMON + """
+ "head_dim": 8, "hidden_size": 48, "intermediate_size": 56, "max_position_embeddings": 256,
+ "num_attention_heads": 6, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+ "tie_word_embeddings": true
+}""")
+SCALED = json.loads(COMMON + """
+ "head_dim": 16, "hidden_size": 32, "intermediate_size": 80, "max_position_embeddings": 131072,
+ "num_attention_heads": 2, "rope_parameters": {"factor": 32.0, "high_freq_factor": 4.0,
+ "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
+ "rope_type": "llama3"}, "tie_word_embeddings": false
+}""")
 LLAMAS = {
-    "tied, three heads a key head": (COMMON | dict(
-        head_dim=8, hidden_size=48, intermediate_size=56, max_position_embeddings=256, num_attention_heads=6,
-        rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}, tie_word_embeddings=True),
-        [[0.622537, 1.16189, 0.752294, -2.278407], [-0.239451, 0.319022, -0.114167, -1.088219],
-         [0.176662, -0.241893, 0.939908, -0.087055]]),
-    "rotary scaling of Llama 3.2": (COMMON | dict(
-        head_dim=16, hidden_size=32, intermediate_size=80, max_position_embeddings=131072,
-        rope_parameters={"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                         "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
-                         "rope_type": "llama3"}, num_attention_heads=2, tie_word_embeddings=False),
-        [[-0.9994, -0.073996, -0.961125, -0.411619], [-0.872417, -1.680605, 1.595738, 0.08712],
-         [-0.330246, -0.272609, 1.324307, -0.515666]])}
+    "tied": (TIED, """
+ 0.622537  1.16189   0.752294 -2.278407
+-0.239451  0.319022 -0.114167 -1.088219
+ 0.176662 -0.241893  0.939908 -0.087055
+"""), "scaled": (SCALED, """
+-0.9994   -0.073996 -0.961125 -0.411619
+-0.872417 -1.680605  1.595738  0.08712
+-0.330246 -0.272609  1.324307 -0.515666
+""")}
 
 
 def llama_weights(config):
@@ -1201,269 +1282,228 @@ def llama_weights(config):
 
 
 def write_llama(folder, config, weights=None, shards=1):
-    from safetensors.torch import save_file
-    weights = llama_weights(config) if weights is None else weights
+    weights = weights or llama_weights(config)
     if config["tie_word_embeddings"]:
-        weights.pop("lm_head.weight", None)
-    files = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
-             for i, name in enumerate(weights)}
+        weights.pop("lm_head.weight")
+    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(weights)}
     if shards == 1:
         files = dict.fromkeys(files, "model.safetensors")
-    else:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    folder.mkdir()
     for file in set(files.values()):
-        save_file({k: w for k, w in weights.items() if files[k] == file}, folder / file)
+        part = {k: w for k, w in weights.items() if files[k] == file}
+        (folder / file).write_bytes(convert.save(part))
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+    return folder
 
 
-@pytest.mark.parametrize("kind, shards", [(kind, shards) for kind in LLAMAS for shards in (1, 3)])
-def test_a_llama_comes_in_with_the_logits_of_transformers_and_goes_out_as_it_came(tmp_path, kind, shards):
-    config, want = LLAMAS[kind]
-    (tmp_path / "hf").mkdir()
-    source, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
-    write_llama(source, config, shards=shards)
-    assert convert.main(["--checkpoint", str(source), "--out", str(ours), "--max_seq_len", "200"]) == 0
-    model, i = convert.HubModel.from_pretrained(ours), torch.arange(200)
-    logits = model_logits(model, ((i * i + 3 * i) % 24)[None])[0][0, [0, 99, 199], :4]
-    torch.testing.assert_close(logits, torch.tensor(want), rtol=0, atol=1e-5)
-    assert convert.main(["--checkpoint", str(ours), "--out", str(back), "--to", "llama"]) == 0
-    weights, written = llama_weights(config), tgs.read_checkpoint(back / "model.safetensors")
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("config, want", LLAMAS.values(), ids=LLAMAS)
+def test_a_llama_comes_in_with_the_logits_of_transformers_and_goes_out_as_it_came(tmp_path, config, want,
+                                                                                  shards):
+    ours = converted(write_llama(tmp_path / "hf", config, shards=shards), "--max_seq_len", "200")
+    model = convert.HubModel.from_pretrained(ours)
+    i = torch.arange(200)
+    logits, _ = model_logits(model, ((i * i + 3 * i) % 24)[None])
+    got = logits[0, [0, 99, 199], :4].flatten().tolist()
+    assert got == pytest.approx([*map(float, want.split())], abs=1e-5)
+    back = converted(ours, "--to", "llama")
+    weights = llama_weights(config)
     if config["tie_word_embeddings"]:  # the trainer has no tied ones
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    assert written.keys() == weights.keys() and all(torch.equal(written[k], weights[k]) for k in weights)
+    written = tgs.read_checkpoint(back / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[k], weights[k]) for k in weights)
     again = tgs.read_json(back / "config.json")
     assert convert.llama_settings(again) == convert.llama_settings(config) | dict(max_seq_len=200)
     assert again["architectures"] == ["LlamaForCausalLM"] and again["tie_word_embeddings"] is False
 
 
 def test_the_rotary_settings_of_older_versions_are_read_too():
-    config = LLAMAS["rotary scaling of Llama 3.2"][0]
     new = "rope_parameters", "head_dim", "num_key_value_heads"
-    older = {k: v for k, v in config.items() if k not in new}
-    rope = {k: v for k, v in config["rope_parameters"].items() if k != "rope_theta"}
-    for rope in (rope, {"type": "llama3"} | {k: v for k, v in rope.items() if k != "rope_type"}):
-        read = convert.llama_settings(older | dict(rope_theta=500000.0, rope_scaling=rope))
-        assert read == convert.llama_settings(config) | dict(n_kv_heads=None)
+    older = {k: v for k, v in SCALED.items() if k not in new}
+    rope = dict(SCALED["rope_parameters"])
+    theta = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    for name in "rope_type", "type":
+        read = convert.llama_settings(older | dict(rope_theta=theta, rope_scaling=rope | {name: kind}))
+        assert read == convert.llama_settings(SCALED) | dict(n_kv_heads=None)
 
 
 def test_a_llamas_tokeniser_comes_with_it_and_continues_prompts_and_scores_texts(tmp_path, capsys):
-    config = LLAMAS["tied, three heads a key head"][0] | dict(vocab_size=265)
-    (tmp_path / "hf").mkdir()
-    tokenizer_json(tmp_path / "hf" / "tokenizer.json", "pieces")
-    argv = ["--checkpoint", write_llama(tmp_path / "hf", config), "--out", str(tmp_path / "m")]
-    assert convert.main(argv) == 0
-    assert tgs.read_json(tmp_path / "m" / "config.json")["encoding"] == str(tmp_path / "m" / "tokenizer.json")
+    source = write_llama(tmp_path / "hf", TIED | dict(vocab_size=265))
+    tokenizer_json(source / "tokenizer.json", "pieces")
+    model = converted(source)
+    assert tgs.read_json(model / "config.json")["encoding"] == str(model / "tokenizer.json")
+    (source / "tokenizer.json").unlink()
     (tmp_path / "a.txt").write_text("ab ab é")
-    (tmp_path / "hf" / "tokenizer.json").unlink()
     capsys.readouterr()
-    assert evaluate.main(["--checkpoint", str(tmp_path / "m"), "--text", str(tmp_path / "a.txt")]) == 0
+    assert evaluate.main(["--checkpoint", str(model), "--text", str(tmp_path / "a.txt")]) == 0
     assert "5 tokens" in capsys.readouterr().out
-    argv = ["--checkpoint", str(tmp_path / "m"), "--prompt", "ab é", "--max_new_tokens", "5"]
-    assert sample.main(argv) == 0 and capsys.readouterr().out.startswith("ab é")
-    assert sample.main([*argv, "--encoding", "bytes"]) == 0
-    (tmp_path / "m" / "tokenizer.json").unlink()
+    argv = ["--checkpoint", str(model), "--prompt", "ab é", "--max_new_tokens", "5"]
+    assert sample.main(argv) == 0
+    assert capsys.readouterr().out.startswith("ab é")
+    (model / "tokenizer.json").unlink()
     tokenize_text.get_encoding.cache_clear()
-    assert sample.main(argv) == 2 and "tokenizer.json" in capsys.readouterr().err
+    assert sample.main(argv) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, word", [
-    (dict(model_type="qwen3"), "model_type qwen3"), (dict(attention_bias=True), "attention_bias"),
-    (dict(mlp_bias=True), "mlp_bias"), (dict(hidden_act="gelu"), "hidden_act"),
-    (dict(head_dim=32), "head_dim"), (dict(sliding_window=128), "sliding_window"),
-    (dict(rope_parameters={"rope_type": "yarn"}), "yarn"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=None), "linear"),
-    (dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}), "low_freq_factor"),
-    (dict(rope_parameters={"rope_type": "llama3", "original_max_position_embeddings": 4096}), "4096"),
-    (dict(hidden_size=None), "config.json"), (dict(num_attention_heads=0), "config.json"),
-    (dict(num_hidden_layers=None), "config.json"), (dict(rope_parameters=[1]), "config.json"),
-    (dict(num_hidden_layers=3), "lacks layers.2"), (dict(num_hidden_layers=1), "also has model.layers.1"),
-    (dict(intermediate_size=57), "57"), (dict(num_key_value_heads=3), "[24, 48]")], ids=str)
+    ('{"model_type": "qwen3"}', "model_type qwen3"), ('{"attention_bias": true}', "attention_bias"),
+    ('{"mlp_bias": true}', "mlp_bias"), ('{"hidden_act": "gelu"}', "hidden_act"),
+    ('{"head_dim": 32}', "head_dim"), ('{"sliding_window": 128}', "sliding_window"),
+    ('{"rope_parameters": {"rope_type": "yarn"}}', "yarn"),
+    ('{"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": null}', "linear"),
+    ('{"rope_parameters": {"rope_type": "llama3", "low_freq_factor": 2.0}}', "low_freq_factor"),
+    ('{"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 4096}}', "4096"),
+    ('{"hidden_size": null}', "config.json"), ('{"num_attention_heads": 0}', "config.json"),
+    ('{"num_hidden_layers": null}', "config.json"), ('{"rope_parameters": [1]}', "config.json"),
+    ('{"num_hidden_layers": 3}', "layers.2."), ('{"num_hidden_layers": 1}', "model.layers.1."),
+    ('{"intermediate_size": 57}', "57"), ('{"num_key_value_heads": 3}', "[24, 48]")])
 def test_what_the_script_has_not_is_refused_by_name_before_anything_is_written(tmp_path, capsys, change,
                                                                                word):
-    config = LLAMAS["tied, three heads a key head"][0]
-    (tmp_path / "hf").mkdir()
-    argv = ["--checkpoint", write_llama(tmp_path / "hf", config | change, llama_weights(config)),
-            "--out", str(tmp_path / "out")]
-    assert convert.main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and word in error and not (tmp_path / "out").exists()
+    source = write_llama(tmp_path / "hf", TIED | json.loads(change), llama_weights(TIED))
+    argv = ["--checkpoint", source, "--out", tmp_path / "out"]
+    refused_in_one_line(capsys, argv, word, main=convert.main)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_norm.weight", "self_attn.k_proj.bias",
-                                  "self_attn.rotary_emb.inv_freq"])
-def test_a_llama_with_further_weights_is_refused_but_for_the_rotary_frequencies(tmp_path, capsys, name):
-    config = LLAMAS["tied, three heads a key head"][0]
-    (tmp_path / "hf").mkdir()
-    weights = llama_weights(config) | {f"model.layers.0.{name}": torch.ones(8)}
-    argv = ["--checkpoint", write_llama(tmp_path / "hf", config, weights), "--out", str(tmp_path / "out")]
-    known = name.endswith("inv_freq")
-    assert convert.main(argv) == (0 if known else 2)
-    assert known or f"also has model.layers.0.{name}" in capsys.readouterr().err
+@pytest.mark.parametrize("name, status", [("q_norm.weight", 2), ("k_proj.bias", 2),
+                                          ("rotary_emb.inv_freq", 0)])
+def test_a_llama_with_further_weights_is_refused_but_for_the_rotary_frequencies(tmp_path, capsys, name,
+                                                                                status):
+    name = f"model.layers.0.self_attn.{name}"
+    source = write_llama(tmp_path / "hf", TIED, llama_weights(TIED) | {name: torch.ones(8)})
+    assert convert.main(["--checkpoint", str(source), "--out", str(tmp_path / "out")]) == status
+    assert (name in capsys.readouterr().err) == (status == 2)
 
 
-def test_blocks_are_dropped_and_the_others_are_kept_in_order(tmp_path):
-    model, cfg = random_model(15, control="dense")
-    exported(model, tmp_path / "m")
-    argv = ["--checkpoint", str(tmp_path / "m"), "--out", str(tmp_path / "cut"), "--drop_blocks", "1", "2"]
-    assert convert.main(argv) == 0
-    model.layers = torch.nn.ModuleList([model.layers[0], model.layers[3]])
-    model.cfg = dataclasses.replace(cfg, n_layers=2)
-    inputs, cut = random_tokens(cfg)[0], convert.HubModel.from_pretrained(tmp_path / "cut")
-    assert torch.equal(model_logits(cut, inputs)[0], model_logits(model, inputs)[0])
+DENSE = dict(control="dense")
 
 
 @pytest.mark.parametrize("kw, flags, words", [
-    (dict(), "--to llama", "--control proportional"),
-    (dict(control="dense"), "--to llama", "--norm sandwich"),
+    (dict(), "--to llama", "--control proportional"), (DENSE, "--to llama", "--norm sandwich"),
     (dict(control="dense", n_layers=3), "--to released", "even number of blocks"),
     (dict(norm="llama"), "--to hub", "sandwich"), (dict(control="random"), "--to released", "coin"),
-    (dict(), "--drop_blocks 1", "proportional"), (dict(control="dense"), "--drop_blocks 4", "0 to 3"),
-    (dict(control="dense"), "--drop_blocks 1 1", "each once"), (dict(), "--out m", "m: File exists"),
-    (dict(control="dense"), "--drop_blocks 0 1 2 3", "some of")], ids=str)
+    (dict(), "--drop_blocks 1", "proportional"), (DENSE, "--drop_blocks 4", "0 to 3"),
+    (DENSE, "--drop_blocks 1 1", "each once"), (DENSE, "--drop_blocks 0 1 2 3", "some of"),
+    (dict(), "--out m", "m: File exists")], ids=str)
 def test_what_cannot_be_written_is_refused_in_one_line(tmp_path, capsys, monkeypatch, kw, flags, words):
     monkeypatch.chdir(tmp_path)
     exported(random_model(15, **kw)[0], tmp_path / "m")
-    assert convert.main(["--checkpoint", "m", "--out", "new", *flags.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error and not Path("new").exists()
+    argv = ["--checkpoint", "m", "--out", "new", *flags.split()]
+    refused_in_one_line(capsys, argv, words, main=convert.main)
+    assert not Path("new").exists()
 
 
-def test_bits_a_byte_come_from_the_dataset_json_beside_the_shards_which_is_checked(tmp_path, capsys):
-    write_shard(tmp_path / "d" / "d_val_000000.bin", [1, 2, 3] * 20)
-    model, _ = random_model(18)
-    exported(model, tmp_path / "m")
-    args = ["--checkpoint", str(tmp_path / "m"), "--val_files", str(tmp_path / "d" / "*.bin"),
-            "--device_batch_size", "2", "--encoding", "bytes"]
-    assert evaluate.main(args) == 0 and "bits" not in capsys.readouterr().out
-    dataset = {"encoding": "bytes", "shards": {"d_val_000000.bin": {"tokens": 60, "bytes": 240}}}
-    (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
-    assert evaluate.main(args) == 0
-    out = capsys.readouterr().out
-    nats = float(re.search(r"cross_entropy (\S+)", out)[1])
-    assert float(re.search(r"bits a byte (\S+)", out)[1]) == pytest.approx(nats / math.log(2) / 4, abs=1e-3)
-    dataset["shards"]["d_val_000000.bin"]["tokens"] = 61
-    (tmp_path / "d" / "dataset.json").write_text(json.dumps(dataset))
-    assert evaluate.main(args) == 2 and "says 61 tokens" in capsys.readouterr().err
-    argv = flags(tmp_path, tmp_path / "r", train_files=args[3], val_files=args[3])
-    (tmp_path / "d" / "dataset.json").write_text('{"shards": {"d_val_000000.bin": 7}}')
-    refused_in_one_line(capsys, argv, "says 7 tokens")
-    (tmp_path / "d" / "dataset.json").write_text('{"encoding": "gpt2"}')
-    refused_in_one_line(capsys, [*argv, "--encoding", "bytes"], "its tokens are gpt2, not bytes")
-    assert evaluate.main(args) == 2 and "its tokens are gpt2" in capsys.readouterr().err
-    (tmp_path / "d" / "dataset.json").write_text('{"shards": [1]}')  # not ours
-    assert tgs.main(argv) == 0
+@pytest.mark.parametrize("layout", ["ours", "released"])
+def test_a_dense_checkpoint_is_retrofitted_with_new_routers_that_then_learn(lab, layout):
+    """Its weights are loaded, the routers are those of a new run with the seed (not the zeros of the authors'
+    layout, from which nothing would ever learn). Trained on under --control dense it stays dense."""
+    source = lab.train("source", control="dense", num_steps=4)
+    want = tgs.read_weights(str(source))[1]
+    if layout == "released":
+        source = converted(source, "--to", "released")
+    cfg, weights = tgs.resolve(dict(init_from=str(source), seed=3))
+    trained = tgs.build_model(cfg, tgs.Runtime(cfg), weights)
+    new = MiddleSkippingTransformer(cfg)
+    tgs.initialise(new, cfg)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(value, new.state_dict()[key] if key.startswith("masks.") else want[key]), key
+    dense = lab.train("dense", init_from=source, control="dense", num_steps=0)
+    assert tgs.read_weights(str(dense))[1].keys() == want.keys()
+    gated = lab.train("gated", init_from=source, num_steps=30, mean_target_end=0.2, coef_update=0.3, lr=1e-2)
+    first, last = events(gated, "val")
+    assert last["gate_zero"][1] > 0.3 > first["gate_zero"][1]
 
 
-def test_memory_does_not_grow_as_a_run_goes_on(tmp_path, corpus):
-    """500 steps with sparsity that changes from step to step, in a process of its own."""
-    code = f"""
-import os, torch, train_gpt_skip as tgs
-def resident():
-    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-step, seen = tgs.Trainer.train_step, []
-tgs.Trainer.train_step = lambda self, i: (seen.append(resident()), step(self, i))[1]
-assert tgs.main({flags(corpus, tmp_path, num_steps=501, coef_update=0.5, mean_target_end=0.3,
-                       log_every=500, val_every=501)}) == 0
-print('grown', seen[500] - seen[50])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert int(re.search(r"grown (-?\d+)", done.stdout)[1]) < 8 * 2**20
+@pytest.mark.parametrize("given", [{}, dict(gate_attention="keys", compute="packed")])
+def test_a_record_that_began_from_a_checkpoint_is_run_again_and_resumed_with_its_own_settings(lab, given):
+    masked = dict(gate_attention="none", compute="masked")
+    source = lab.train("source", num_steps=0, **masked)
+    record = lab.train("run", num_steps=0, init_from=source, **given)
+    for path in tgs.checkpoints(record):
+        path.unlink()  # as if it had died before its first
+    for again in dict(config=str(record)), dict(resume=str(record)):
+        cfg, weights = tgs.resolve(again)
+        assert weights
+        assert masked | given == dict(gate_attention=cfg.gate_attention, compute=cfg.compute)
 
 
-def test_a_size_flag_that_disagrees_with_the_checkpoint_is_named(tmp_path, corpus, capsys):
-    model, _ = random_model(16)
-    exported(model, tmp_path / "hub")
-    assert tgs.main(flags(corpus, tmp_path, init_from=tmp_path / "hub", n_heads=4)) == 2
-    assert "--n_heads 4 disagrees" in capsys.readouterr().err
+def test_bits_a_byte_and_the_encoding_come_from_the_dataset_json_beside_the_shards(tmp_path, capsys):
+    shard = write_shard(tmp_path / "d_val_000000.bin", [1, 2, 3] * 20)
+    model = exported(random_model(18)[0], tmp_path / "m")
+    dataset = tmp_path / "dataset.json"
+    argv = ["--checkpoint", str(model), "--val_files", str(shard), "--encoding", "bytes"]
+    assert evaluate.main(argv) == 0
+    assert "bits" not in capsys.readouterr().out
+    shards = {shard.name: {"tokens": 60, "bytes": 240}}
+    dataset.write_text(json.dumps({"encoding": "bytes", "shards": shards}))
+    assert evaluate.main(argv) == 0
+    nats, bits = re.findall(r"^(?:cross_entropy|bits a byte) (\S+)", capsys.readouterr().out, re.M)
+    assert float(bits) == pytest.approx(float(nats) / math.log(2) / 4, abs=1e-3)
+    dataset.write_text('{"encoding": "gpt2"}')
+    refused_in_one_line(capsys, argv, "its tokens are gpt2, not bytes", main=evaluate.main)
+    training = flags(tmp_path, tmp_path / "r", train_files=shard, val_files=shard, encoding="bytes")
+    refused_in_one_line(capsys, training, "its tokens are gpt2, not bytes")
 
 
 def test_texts_and_hellaswag_are_scored_by_log_probability(tmp_path, capsys):
     model, cfg = random_model(17, vocab_size=257, closing=0.2, max_seq_len=32)
     exported(model, tmp_path / "m")
-    (tmp_path / "a.txt").write_text("The middle of a text, é.")
-    question = {"ctx": "a b", "endings": ["c", "dd", "eee", "f"], "label": 2, "ind": 1, "split": "val"}
-    (tmp_path / "h.jsonl").write_text((json.dumps(question) + "\n") * 3)
-    def nll(tokens):
-        logits = model_logits(model, torch.tensor([tokens[:-1]]))[0][0]
-        return torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
+    text = tmp_path / "a.txt"
+    text.write_text("The middle of a text, é.")
+    questions = tmp_path / "h.jsonl"
+    endings = ["c", "dd", "eee", "f"]
+    question = {"ctx": "a b", "endings": endings, "label": 2}
+    questions.write_text((json.dumps(question) + "\n") * 3)
 
-    args = ["--checkpoint", str(tmp_path / "m"), "--text", str(tmp_path / "a.txt"), "--hellaswag",
-            str(tmp_path / "h.jsonl")]
-    assert evaluate.main(args) == 0
+    def nll(text):
+        tokens = torch.tensor([256, *text.encode()])
+        logits = model_logits(model, tokens[None, :-1])[0][0]
+        return torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+
+    argv = ["--checkpoint", str(tmp_path / "m"), "--text", str(text), "--hellaswag", str(questions)]
+    assert evaluate.main(argv) == 0
     out = capsys.readouterr().out
-    total = nll([256, *"The middle of a text, é.".encode()]).sum().item()
-    assert float(re.search(r"cross_entropy (\S+)", out)[1]) == pytest.approx(total / 25, abs=1e-4)
-    assert float(re.search(r"(\S+) bits a byte", out)[1]) == pytest.approx(total / 25 / math.log(2), abs=1e-3)
-    scores = [nll([256, *b"a b", *(" " + e).encode()])[-1 - len(e):].mean().item()
-              for e in question["endings"]]
+    nats, bits = re.search(r"cross_entropy (\S+) nats a token, (\S+) bits a byte", out).groups()
+    want = nll(text.read_text()).sum().item() / 25
+    assert float(nats) == pytest.approx(want, abs=1e-4)
+    assert float(bits) == pytest.approx(want / math.log(2), abs=1e-3)
+    scores = [nll(f"a b {e}")[-1 - len(e):].mean().item() for e in endings]
     assert f"acc_norm {float(scores.index(min(scores)) == 2):.4f}" in out and "3 questions" in out
-    for bad in ("{}", json.dumps(question | {"endings": []})):
-        (tmp_path / "h.jsonl").write_text(bad + "\n")
-        assert evaluate.main(args) == 2 and "line 1" in capsys.readouterr().err
-    exported(random_model(17, vocab_size=99)[0], tmp_path / "n")
-    assert evaluate.main(["--checkpoint", str(tmp_path / "n"), "--encoding", "bytes", "--text",
-                     str(tmp_path / "a.txt")]) == 2 and "is not the model's" in capsys.readouterr().err
+    questions.write_text(json.dumps(question | {"endings": []}))
+    refused_in_one_line(capsys, argv, "line 1", main=evaluate.main)
+    small = exported(random_model(17, vocab_size=99)[0], tmp_path / "small")
+    refused_in_one_line(capsys, ["--checkpoint", small, "--encoding", "bytes", "--text", text],
+                        "is not the model's", main=evaluate.main)
 
 
-def test_a_record_of_any_batch_size_is_evaluated(tmp_path, corpus):
-    argv = flags(corpus, tmp_path, control="dense", num_steps=1, batch_size=6, device_batch_size=6)
-    assert tgs.main(argv) == 0
-    record = only_record(tmp_path)
-    assert evaluate.main(["--checkpoint", str(record)]) == 0
-    assert evaluate.main(["--checkpoint", str(record), "--device_batch_size", "5"]) == 0
-
-
-@pytest.mark.parametrize("layout", ["a record", "released"])
-def test_a_dense_checkpoint_is_retrofitted_with_new_routers_that_then_learn(tmp_path, corpus, layout):
-    """Its weights are loaded, the routers are those of a new run with the seed. Trained on under --control dense it
-    stays dense."""
-    assert tgs.main(flags(corpus, tmp_path / "a", control="dense", num_steps=4)) == 0
-    source = only_record(tmp_path / "a")
-    want = tgs.read_weights(str(source))[1]
-    if layout == "released":  # with routers that are all zero, from which nothing would ever learn
-        released = tmp_path / "released"
-        assert convert.main(["--checkpoint", str(source), "--to", "released", "--out", str(released)]) == 0
-        source = released
-    for name, kw in (("gated", dict(num_steps=30, mean_target_end=0.2, coef_update=0.3, lr=1e-2)),
-                     ("dense", dict(control="dense", num_steps=0))):
-        argv = flags(corpus, tmp_path / name, init_from=source, save_every=30, seed=3, **kw)
-        assert tgs.main(argv) == 0
-        record = only_record(tmp_path / name)
-        first = events(record, "val")[0]
-        assert ("masks.0.linear.weight" in tgs.read_weights(str(record))[1]) == (name == "gated")
-    last = events(only_record(tmp_path / "gated"), "val")[-1]
-    assert last["gate_zero"][1] > 0.3 > first["gate_zero"][1]
-    trainer = tgs.Trainer(*tgs.resolve(dict(init_from=str(source), train_files=str(corpus / "c_train_*.bin"),
-                                            val_files=str(corpus / "c_val_*.bin"), num_steps=1, seed=3,
-                                            batch_size=4, device_batch_size=4, device="cpu")))
-    new = MiddleSkippingTransformer(trainer.cfg)
-    tgs.initialise(new, trainer.cfg)
-    for key, value in trainer.model.state_dict().items():
-        assert torch.equal(value, new.state_dict()[key] if key.startswith("masks.") else want[key]), key
-
-
-def test_a_record_that_began_from_a_checkpoint_is_run_again_and_resumed_with_its_own_settings(
-        tmp_path, corpus, no_plot):
-    masked = dict(gate_attention="none", compute="masked")
-    assert tgs.main(flags(corpus, tmp_path / "a", num_steps=0, **masked)) == 0
-    argv = flags(corpus, tmp_path / "b", num_steps=0, init_from=only_record(tmp_path / "a"))
-    for given, want in (([], masked), (["--gate_attention", "keys", "--compute", "packed"],
-                                       dict(gate_attention="keys", compute="packed"))):
-        assert tgs.main([*argv, *given]) == 0
-        record = max((tmp_path / "b").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        for path in tgs.checkpoints(record):
-            path.unlink()  # as if it had died before its first
-        for again in ({"config": str(record / "config.json")}, {"resume": str(record)}):
-            cfg, weights = tgs.resolve(again)
-            assert weights and {k: getattr(cfg, k) for k in want} == want
+def test_memory_does_not_grow_as_a_run_goes_on(tmp_path, corpus):
+    """500 steps with sparsity that changes from step to step, in a process of its own."""
+    argv = flags(corpus, tmp_path, num_steps=501, coef_update=0.5, mean_target_end=0.3, log_every=500,
+                 val_every=501)
+    code = f"""
+import os, torch, train_gpt_skip as tgs
+real, seen = tgs.Trainer.train_step, []
+def step(trainer, i):
+    seen.append(int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE'))
+    return real(trainer, i)
+tgs.Trainer.train_step = step
+assert tgs.main({argv}) == 0
+print('grown', seen[500] - seen[50])
+"""
+    done = run_script("-c", code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"grown (-?\d+)", done.stdout)[1]) < 8 * 2**20
 
 
 def test_a_run_on_a_terminal_shows_loss_sparsity_speed_and_time_left_in_one_line(tmp_path, corpus):
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("4H", 24, 90, 0, 0))
-    run = subprocess.run([sys.executable, ROOT / "train_gpt_skip.py", *map(str, flags(corpus, tmp_path))],
+    run = subprocess.run([sys.executable, ROOT / "train_gpt_skip.py", *flags(corpus, tmp_path)],
                          stdout=subprocess.PIPE, stderr=stderr, timeout=60)
     os.close(stderr)
     shown = os.read(terminal, 1 << 16).decode()
@@ -1474,87 +1514,65 @@ def test_a_run_on_a_terminal_shows_loss_sparsity_speed_and_time_left_in_one_line
 
 def test_the_record_is_shown_by_a_process_of_its_own_at_the_start_at_each_validation_and_at_the_end(
         tmp_path, corpus, monkeypatch):
-    """A CPU waits for it; where a GPU computes, the run goes on, and one that still draws is not started twice."""
-    real, calls, still = subprocess.Popen, [], []
+    """A CPU waits for it; where a GPU computes, the run goes on, and one that still draws is not started
+    twice."""
+    real, calls, waits = subprocess.Popen, [], []
 
     def start(command, **kw):
         if ROOT / "records" / "show.py" not in command:
             return real(command, **kw)
         calls.append(command[2:])
-        return SimpleNamespace(poll=lambda: None, wait=lambda: still.append(1))
+        return SimpleNamespace(poll=lambda: None, wait=lambda: waits.append(1))
+
     monkeypatch.setattr(subprocess, "Popen", start)
     assert tgs.main(flags(corpus, tmp_path, num_steps=5, val_every=2)) == 0
-    opening, *plots, closing = [flags for _, *flags in calls]
-    assert opening == ["--log", "--opening"] and plots == [["--log", "--plot"]] * 4 and closing == ["--log"]
-    assert len(still) == 6 and {call[0] for call in calls} == {only_record(tmp_path)}
-    record = tgs.Record(Config(records_dir=str(tmp_path / "gpu")), SimpleNamespace(main=True, cuda=True), 0)
+    record = only_record(tmp_path)
+    assert calls == [[record, "--log", "--opening"], *[[record, "--log", "--plot"]] * 4, [record, "--log"]]
+    assert len(waits) == 6
+    record = tgs.Record(Config(records_dir=str(tmp_path)), SimpleNamespace(main=True, cuda=True), 0)
     for _ in range(3):
         record.validation(dict(step=0, cross_entropy=1.0, gate_zero=[0.0]))
-    assert len(calls) == 7 and len(still) == 6
+    assert len(calls) == 7 and len(waits) == 6
 
 
 def test_a_level_that_stays_closed_against_its_target_is_named_in_the_log_at_once(tmp_path):
-    record = tgs.Record(Config(**TINY | dict(records_dir=str(tmp_path), mean_target_end=0.3)), tgs.Runtime(Config()), 0)
+    cfg = Config(**TINY, records_dir=str(tmp_path), mean_target_end=0.3)
+    record = tgs.Record(cfg, tgs.Runtime(cfg), 0)
     event = dict(loss=1.0, cross_entropy=1.0, lr=0.1, grad_norm=1.0, tokens_per_s=1.0)
     for step, zero in enumerate([0.995] * 49 + [0.98] + [0.995] * 51):
         record.step(event | dict(step=step, gate_zero=[0.0, zero, zero, 0.0]))
     lines = (record.folder / "log.txt").read_text().splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("WARNING")]
-    assert lines[at - 1].startswith("step 99/") and "levels [1]" in lines[at] and "--router_width" in lines[at]
-
-
-def test_a_copy_of_the_script_alone_in_a_folder_trains_and_writes_its_record(tmp_path, corpus):
-    """All but the plot and what records/show.py tells. The project's tools read the record."""
-    script = shutil.copy(ROOT / "train_gpt_skip.py", tmp_path / "fork.py")
-    done = subprocess.run([sys.executable, script, *flags(corpus, "records", num_steps=4, val_every=2)],
-                          capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    record = only_record(tmp_path / "records")
-    assert {p.name for p in record.iterdir()} == {
-        "log.txt", "metrics.jsonl", "config.json", "env.json", "fork.py", "summary.json", "checkpoint_4.pt",
-        "model.safetensors"}
-    summary = json.loads((record / "summary.json").read_text())
-    assert summary["step"] == 4 and f"validation loss {summary['cross_entropy']:.4f}" in done.stdout
-    assert evaluate.main(["--checkpoint", str(record)]) == 0
+    assert lines[at - 1].startswith("step 99/")
+    assert "levels [1]" in lines[at] and "--router_width" in lines[at]
 
 
 def test_importing_the_script_does_no_work():
     code = ("import sys, train_gpt_skip; assert 'matplotlib' not in sys.modules; "
             "import torch.distributed as d; assert not d.is_initialized(); print('done')")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = run_script("-c", code, cwd=ROOT)
     assert done.stdout == "done\n" and done.stderr == ""
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--no_such_flag", "1"], "--no_such_flag"), (["--n_layers", "3"], "--n_layers 3 must be even"),
-    (["--dim", "100"], "--n_heads"), (["--dim", "ten"], "--dim"), (["--lr", "-1"], "--lr"),
-    (["--lr", "nan"], "--lr"),
-    (["--n_kv_heads", "5"], "--n_kv_heads"), (["--n_kv_heads", "0"], "--n_kv_heads"),
-    (["--name", "a/b"], "--name a/b"),
-    (["--preset", "gated", "--config", "x.json"], "leave one out"),
-    (["--gate_attention", "none"], "still a key"), (["--control", "magic"], "--control"),
-    (["--control", "sparsity", "--coef_update", "1"], "--coef_update"),
-    (["--mean_target_end", "1.5"], "between 0 and 1"),
-    (["--warmup_fraction", "0.3", "--cooldown_fraction", "0.8"], "more than all steps"),
-    (["--train_files", "nowhere/*.bin"], "matches no file"), (["--resume", "nowhere"], "nowhere"),
-    (["--init_from", "nowhere"], "does not exist"), (["eval"], "eval"),
-    (["--preset", "huge"], "--preset")])
+    ("--no_such_flag 1", "--no_such_flag"), ("--n_layers 3", "--n_layers 3 must be even"),
+    ("--dim 100", "--n_heads"), ("--dim ten", "--dim"), ("--lr -1", "--lr"), ("--lr nan", "--lr"),
+    ("--n_kv_heads 5", "--n_kv_heads"), ("--n_kv_heads 0", "--n_kv_heads"), ("--name a/b", "--name a/b"),
+    ("--preset gated --config x.json", "leave one out"), ("--gate_attention none", "still a key"),
+    ("--control magic", "--control"), ("--control sparsity --coef_update 1", "--coef_update"),
+    ("--mean_target_end 1.5", "between 0 and 1"),
+    ("--warmup_fraction 0.3 --cooldown_fraction 0.8", "more than all steps"),
+    ("--train_files nowhere/*.bin", "matches no file"), ("--resume nowhere", "nowhere"),
+    ("--init_from nowhere", "does not exist"), ("eval", "eval")])
 def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status_2(argv, words, tmp_path,
                                                                                    capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert tgs.main([*argv]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
+    refused_in_one_line(capsys, argv.split(), words)
     assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Nothing lost: resume, faults, bad input, several processes
-
-@pytest.fixture
-def no_plot(monkeypatch):
-    monkeypatch.setattr(tgs.Record, "show", lambda *args, **kw: None)  # a second a run
-
 
 @pytest.fixture(autouse=True)
 def signal_handlers_of_a_run_end_with_its_test():
@@ -1568,62 +1586,60 @@ def throw(e):
     raise e
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
 class Ranks:
     """The script as `world` processes (forked: nothing to import again), each with its output in a file.
 
     `before(rank)` runs in each first, to plant a fault."""
 
-    def __init__(self, folder, argv, world=1, before=lambda rank: None):
-        folder.mkdir(exist_ok=True, parents=True)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        sys.stdout.flush(), sys.stderr.flush()
-        self.outputs = [folder / f"rank_{r}.txt" for r in range(world)]
-        self.pids, self.statuses = [], [None] * world
+    def __init__(self, folder, argv, world, before):
+        port = free_port()
+        self.outputs = [folder / f"rank_{rank}.txt" for rank in range(world)]
+        self.processes = []
         for rank in range(world):
-            if pid := os.fork():
-                self.pids.append(pid)
-                continue
-            status = 99
-            try:
-                with open(self.outputs[rank], "w") as out:
-                    os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                if world > 1:
-                    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
-                                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                before(rank)
-                status = tgs.main([str(a) for a in argv])
-                sys.stdout.flush()
-            except BaseException:
-                import traceback
-                traceback.print_exc(file=sys.stderr)
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
+            place = dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=port,
+                         MASTER_ADDR="127.0.0.1")
+            process = torch.multiprocessing.get_context("fork").Process(
+                target=self.work, args=(rank, place, before, argv), daemon=True)
+            process.start()
+            self.processes.append(process)
 
-    def poll(self):
-        for i, pid in enumerate(self.pids):
-            if self.statuses[i] is None and (found := os.waitpid(pid, os.WNOHANG)) != (0, 0):
-                self.statuses[i] = os.waitstatus_to_exitcode(found[1])
-        return self.statuses
+    def work(self, rank, place, before, argv):
+        with open(self.outputs[rank], "w") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ |= place
+        before(rank)
+        sys.exit(tgs.main(argv))
 
-    def wait(self, timeout=60):
-        end = time.monotonic() + timeout
-        while None in self.poll():
-            if time.monotonic() > end:
-                self.kill()
-                raise AssertionError(f"still running after {timeout} s: {self.statuses}\n{self.text()}")
-            time.sleep(0.005)
-        return self.statuses
+    def statuses(self):
+        return [process.exitcode for process in self.processes]
 
     def kill(self):
-        for i, pid in enumerate(self.pids):
-            if self.poll()[i] is None:
-                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.kill()
+
+    def wait(self, timeout=60):
+        """Exit statuses; None: still running then."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        statuses = self.statuses()
+        self.kill()
+        return statuses
 
     def text(self):
         return "".join(path.read_text() for path in self.outputs if path.exists())
@@ -1645,395 +1661,386 @@ def timeless(record):
             for e in events(record)]
 
 
+def names_of_checkpoints(record):
+    assert not list(record.glob("*.partial"))
+    return [path.name for path in tgs.checkpoints(record)]
+
+
 def end_of(record):
     """All that a run must end with: its events, its weights byte for byte, its two last checkpoints."""
-    names = [p.name for p in tgs.checkpoints(record)]
-    assert not list(record.glob("*.partial")) and len(names) <= 2
+    names = names_of_checkpoints(record)
     state = tgs.read_checkpoint(record / names[-1])
-    moments = [t.clone() for name in ("optimizer", "muon") if name in state
-               for s in state[name]["state"].values() for t in s.values()]
-    return timeless(record), (record / "model.safetensors").read_bytes(), names, state["place"], moments
-
-
-def same_end(a, b):
-    return a[:4] == b[:4] and len(a[4]) == len(b[4]) and all(map(torch.equal, a[4], b[4]))
-
-
-def refused_in_one_line(capsys, argv, *words, status=2):
-    capsys.readouterr()
-    assert tgs.main([str(a) for a in argv]) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(w in error for w in words), error
+    data = [(record / "model.safetensors").read_bytes()]
+    for optimizer in state.keys() & {"optimizer", "muon"}:
+        for moments in state[optimizer]["state"].values():
+            data += [t.numpy().tobytes() for t in moments.values()]
+    return timeless(record), names, state["place"], hashlib.sha256(b"".join(data)).hexdigest()
 
 
 DRIVEN = dict(control="proportional_derivative", coef_update=0.5, mean_target_end=0.2, initializer_range=0.3)
 
 
-def test_a_run_killed_at_any_moment_and_resumed_ends_as_if_nothing_had_happened(tmp_path, corpus, no_plot):
+def dies_at(module, name, call, after=False):
+    """before(rank): SIGKILL before or after the call-th call of this function."""
+    def before(rank):
+        real = getattr(module, name)
+        calls = []
+
+        def fatal(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call and not after:
+                die()
+            done = real(*args, **kwargs)
+            if len(calls) == call:
+                die()
+            return done
+
+        setattr(module, name, fatal)
+    return before
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_if_nothing_had_happened(lab):
     """SIGKILL at random moments, and where it hurts most: amid a write, before and after a rename."""
     kw = dict(num_steps=40, save_every=2, val_every=5, **DRIVEN)
-    assert Ranks(tmp_path, flags(corpus, tmp_path / "whole", **kw)).wait() == [0]
-    rng = random.Random(0)
+    whole = end_of(lab.train("whole", **kw))
 
-    def dies_at(module, name, call, after=False):
-        def before(rank, calls=[0]):
-            real = getattr(module, name)
-
-            def fatal(*args, **kwargs):
-                calls[0] += 1
-                done = real(*args, **kwargs) if after and calls[0] == call else None
-                if calls[0] == call:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return done or real(*args, **kwargs)
-            setattr(module, name, fatal)
-        return before
-
-    argv, metrics = flags(corpus, tmp_path / "cut", **kw), None
-    plans = [(dies_at(os, "fsync", 9), None), (dies_at(os, "replace", 3), None),
-             (dies_at(os, "replace", 2, True), None),
-             (dies_at(torch, "save", 3, True), None)] + [(lambda rank: None, rng.uniform(0, 0.15))
-                                                         for _ in range(4)]
-    for before, delay in plans:
-        run = Ranks(tmp_path, argv, before=before)
-        if delay is not None:
-            size = metrics.stat().st_mtime_ns
-            wait_for(lambda: metrics.stat().st_mtime_ns != size or None not in run.poll())
+    def killed(before=lambda rank: None, delay=None):
+        run = lab.launch("cut", before=before, **kw)
+        if delay:
+            metrics = kw["resume"] / "metrics.jsonl"
+            then = metrics.stat().st_mtime_ns
+            wait_for(lambda: metrics.stat().st_mtime_ns != then)
             time.sleep(delay)
             run.kill()
         assert run.wait() == [-signal.SIGKILL], run.text()
-        record = only_record(tmp_path / "cut")
-        argv, metrics = flags(corpus, tmp_path / "cut", **kw, resume=record), record / "metrics.jsonl"
-    assert 0 < len(events(record)) < 49
-    assert Ranks(tmp_path, argv).wait() == [0]
-    assert same_end(end_of(record), end_of(only_record(tmp_path / "whole")))
+        kw["resume"] = lab.record("cut")
+
+    killed(dies_at(os, "fsync", 9))
+    killed(dies_at(os, "replace", 3))
+    killed(dies_at(os, "replace", 2, after=True))
+    killed(dies_at(torch, "save", 3, after=True))
+    rng = random.Random(0)
+    for _ in range(4):
+        killed(delay=rng.uniform(0, 0.15))
+    assert end_of(lab.train("cut", **kw)) == whole
 
 
-def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole(tmp_path, corpus, capsys,
-                                                                                 no_plot):
-    argv = flags(corpus, tmp_path, num_steps=6, save_every=2, val_every=2, **DRIVEN)
-    assert tgs.main(argv) == 0
-    record, argv = only_record(tmp_path), argv + ["--resume", str(only_record(tmp_path))]
-    whole, last = end_of(record), record / "checkpoint_6.pt"
-    assert whole[2] == ["checkpoint_4.pt", "checkpoint_6.pt"]
+def test_resume_takes_the_same_flags_again_and_the_last_checkpoint_that_is_whole(lab):
+    kw = dict(num_steps=6, save_every=2, val_every=2, **DRIVEN)
+    record = lab.train("run", **kw)
+    whole = end_of(record)
+    metrics = record / "metrics.jsonl"
+    last = record / "checkpoint_6.pt"
+    assert whole[1] == ["checkpoint_4.pt", "checkpoint_6.pt"]
 
     def resumes(step, warnings=0):
-        capsys.readouterr()
-        assert tgs.main(argv) == 0
-        seen = capsys.readouterr()
+        seen = lab.resume(record, *lab.flags("run", **kw))
         assert seen.err.count("WARNING") == seen.err.count("\n") == warnings
         assert f"resumed at step {step} on " in seen.out
-        assert same_end(end_of(record), whole)
+        assert f"script {tgs.source_hash()[:16]}" in seen.out
+        assert end_of(record) == whole
         return seen.err
 
     resumes(6)  # a finished run ends once more, and loses nothing
-    with open(record / "metrics.jsonl", "ab") as elsewhere:
-        fcntl.flock(elsewhere, fcntl.LOCK_EX)
-        refused_in_one_line(capsys, argv, "another process writes this record")
-    assert f"script {tgs.source_hash()[:16]}" in (record / "log.txt").read_text()
-    for damage in (lambda b: b[:len(b) // 2], lambda b: b[:3000] + bytes([b[3000] ^ 1]) + b[3001:],
-                   lambda b: b""):
+    for damage in (lambda b: b[:len(b) // 2], flipped, lambda b: b""):
         last.write_bytes(damage(last.read_bytes()))
         (record / "checkpoint_6.pt.partial").write_bytes(b"torn")
-        (record / "checkpoint_best_500.pt").write_bytes(b"mine")  # not of ours: left alone
-        with open(record / "metrics.jsonl", "a") as f:
+        with open(metrics, "a") as f:
             f.write('{"kind": "train", "st')
         assert str(last) in resumes(4, warnings=1)
-        assert (record / "checkpoint_best_500.pt").read_bytes() == b"mine"
-    (record / "checkpoint_best_500.pt").unlink()
-
-    events_then = (record / "metrics.jsonl").read_bytes()
-    (record / "metrics.jsonl").write_bytes(events_then[:-900])
+    metrics.write_bytes(metrics.read_bytes()[:-900])
     assert "fewer than" in resumes(4, warnings=1)
     for path in tgs.checkpoints(record):
         path.write_bytes(b"damaged")
-    assert tgs.main(argv) == 2 and "remove them to start at step 0" in capsys.readouterr().err
+    assert tgs.main(["--resume", str(record)]) == 2
+    assert "remove them to start at step 0" in lab.capsys.readouterr().err
     for path in tgs.checkpoints(record):
         path.unlink()
-    refused_in_one_line(capsys, argv, "it is finished and has no checkpoint")
+    lab.refuses("it is finished and has no checkpoint", resume=record, **kw)
     (record / "summary.json").unlink()
+    mine = record / "checkpoint_best_500.pt"  # a name that is not ours: left alone
+    mine.write_bytes(b"mine")
     resumes(0)
-    for name, value in (("lr", 0.5), ("seed", 3), ("control", "none"), ("train_files", "other_*.bin"),
-                        ("preset", "demo")):
-        refused_in_one_line(capsys, argv + [f"--{name}", str(value)], f"--{name} {value} disagrees",
-                            "leave the flag out")
-    assert tgs.main(["--resume", str(record), "--log_every", "2"]) == 0 and same_end(end_of(record), whole)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert mine.read_bytes() == b"mine"
+    lab.resume(record, "--log_every", "2")
+    assert lab.record("run") == record and end_of(record) == whole
 
+
+def test_a_resumed_run_changes_neither_its_settings_nor_anything_that_is_not_its_own(lab):
+    kw = dict(num_steps=4, save_every=2)
+    record = lab.train("run", **kw)
+    before = timeless(record)
+    again = kw | dict(resume=record)
+    for change in (dict(lr=0.5), dict(seed=3), dict(control="none"), dict(train_files="other_*.bin"),
+                   dict(preset="demo")):
+        ((name, value),) = change.items()
+        lab.refuses(f"--{name} {value} disagrees", "leave the flag out", **again | change)
+    with open(record / "metrics.jsonl", "ab") as elsewhere:
+        fcntl.flock(elsewhere, fcntl.LOCK_EX)
+        lab.refuses("another process writes this record", **again)
+    last = record / "checkpoint_4.pt"
     state = torch.load(last)  # whole, but not of this run
-    for change in (dict(model={}), dict(optimizer=3), dict(control={}), dict(step="six"), dict(step=700),
-                   dict(place=None), dict(rng=1), dict(train_s="long"), dict(control=dict(coef=torch.zeros(1)))):
+    coefficient = dict(coef=torch.zeros(1))
+    for change in (dict(model={}), dict(optimizer=3), dict(control={}), dict(control=coefficient),
+                   dict(step="six"), dict(step=700), dict(place=None), dict(rng=1), dict(train_s="long")):
         torch.save(state | change, last)
-        refused_in_one_line(capsys, argv, str(last))
-    assert timeless(record) == whole[0]
+        lab.refuses(str(last), **again)
+    assert timeless(record) == before
 
 
-def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_checkpoint(tmp_path, corpus,
-                                                                                          no_plot):
-    assert tgs.main(flags(corpus, tmp_path / "a", num_steps=1)) == 0
-    first = only_record(tmp_path / "a")
-    argv = ["--records_dir", str(tmp_path / "b"), "--config", str(first / "config.json"), "--init_from",
+def test_a_run_from_a_config_or_from_weights_resumes_too_even_before_its_first_checkpoint(lab):
+    first = lab.train("first", num_steps=1)
+    argv = ["--records_dir", str(lab.folder / "run"), "--config", str(first / "config.json"), "--init_from",
             str(first)]
     assert tgs.main(argv) == 0
-    record = only_record(tmp_path / "b")
+    record = lab.record("run")
     whole = end_of(record)
     for path in [*tgs.checkpoints(record), record / "summary.json"]:
         path.unlink()
-    assert tgs.main(argv + ["--resume", str(record)]) == 0
-    assert same_end(end_of(record), whole)
+    lab.resume(record, *argv)
+    assert end_of(record) == whole
     # they began from its weights
     assert timeless(record)[0]["cross_entropy"] == timeless(first)[-1]["cross_entropy"]
 
 
-def test_runs_that_start_in_the_same_second_write_records_of_their_own(tmp_path, corpus, no_plot):
-    runs = [Ranks(tmp_path / f"out_{i}", flags(corpus, tmp_path / "records", num_steps=1, name="twin"))
-            for i in (0, 1)]
-    assert [run.wait() for run in runs] == [[0], [0]]
-    stamp = lambda: tgs.make_folder(tmp_path / "folders", "x")
-    threads = [threading.Thread(target=stamp) for _ in range(20)]
-    [t.start() for t in threads], [t.join() for t in threads]
-    assert len(list((tmp_path / "records").iterdir())) == 2
-    assert len(list((tmp_path / "folders").iterdir())) == 20
+def test_runs_that_start_in_the_same_second_write_records_of_their_own(tmp_path):
+    threads = [threading.Thread(target=tgs.make_folder, args=(tmp_path, "x")) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(tmp_path.iterdir())) == 20
 
 
 # Signals
 
 @pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_that_resumes(tmp_path, corpus,
-                                                                                           number, world):
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_and_the_command_that_resumes(lab, number,
+                                                                                           world):
     """Of two ranks one gets the signal; both end after the same step."""
-    argv = flags(corpus, tmp_path / "r", num_steps=9999, val_every=9999, **DRIVEN)
-    run = Ranks(tmp_path, argv, world)
-    wait_for(lambda: list((tmp_path / "r").glob("*/metrics.jsonl")))
-    record = only_record(tmp_path / "r")
+    run = lab.launch("run", world, num_steps=9999, val_every=9999, **DRIVEN)
+    wait_for(lambda: list(lab.folder.glob("run/*/metrics.jsonl")))
+    record = lab.record("run")
     wait_for(lambda: len(events(record, "train")) > 3)
-    os.kill(run.pids[-1], number)
+    os.kill(run.processes[-1].pid, number)
     assert run.wait(20) == [0] * world and not run.errors(), run.text()
-    summary, step = json.loads((record / "summary.json").read_text()), len(events(record, "train"))
+    step = len(events(record, "train"))
+    summary = summary_of(record)
     assert summary["interrupted"] and summary["step"] == step
-    assert [p.name for p in tgs.checkpoints(record)] == [f"checkpoint_{step}.pt"]
-    command = run.text().splitlines()[-1].split("go on with: ")[1].split()
-    assert command == ["./run.sh", "--resume", str(record)]
+    assert names_of_checkpoints(record) == [f"checkpoint_{step}.pt"]
+    assert run.text().splitlines()[-1].endswith(f"go on with: ./run.sh --resume {record}")
 
 
-def test_a_second_signal_ends_a_run_at_once(tmp_path, corpus):
+def test_a_second_signal_ends_a_run_at_once(lab):
     def slow(rank):
         tgs.learning_rate = lambda step, cfg: time.sleep(60)
-    run = Ranks(tmp_path, flags(corpus, tmp_path / "r"), before=slow)
+
+    run = lab.launch("run", before=slow)
     wait_for(lambda: "step 0/3" in run.text())
-    time.sleep(0.1), os.kill(run.pids[0], signal.SIGTERM), time.sleep(0.1)
-    assert run.poll() == [None]
-    os.kill(run.pids[0], signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(run.processes[0].pid, signal.SIGTERM)
+    time.sleep(0.1)
+    assert run.statuses() == [None]
+    os.kill(run.processes[0].pid, signal.SIGTERM)
     assert run.wait(5) == [128 + signal.SIGTERM]
 
 
-def test_an_interrupt_before_the_first_step_is_one_line_too(tmp_path, corpus, capsys, monkeypatch):
+def test_an_interrupt_before_the_first_step_is_one_line_too(lab, monkeypatch):
     monkeypatch.setattr(tgs, "build_model", lambda *args, **kw: throw(KeyboardInterrupt))
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r"), "interrupted", status=130)
-    assert not (tmp_path / "r").exists()
+    lab.refuses("interrupted", status=130)
+    assert not (lab.folder / "refused").exists()
 
 
 # Divergence
 
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path, corpus,
-                                                                                           capsys,
-                                                                                           monkeypatch):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(lab, monkeypatch):
     real, seen = tgs.Trainer.micro_step, []
 
     def poisoned(trainer, x, y):
         out = real(trainer, x, y)
         if trainer.loader.place == 3:
-            seen.append((trainer, {k: v.clone() for k, v in trainer.model.state_dict().items()}))
+            seen.append((trainer.model, copy.deepcopy(trainer.model.state_dict())))
             trainer.model.output.weight.grad[0, 0] = math.inf
         return out
 
-    monkeypatch.setattr(tgs.Trainer, "micro_step", poisoned)
-    argv = flags(corpus, tmp_path / "a", num_steps=6, save_every=2)
-    refused_in_one_line(capsys, argv, "gradient", "step 3", "--lr", status=3)
-    trainer, weights = seen[-1]
-    assert all(torch.equal(v, weights[k]) for k, v in trainer.model.state_dict().items())
-    checkpoint, = tgs.checkpoints(only_record(tmp_path / "a"))
-    assert checkpoint.name == "checkpoint_2.pt" and tgs.read_checkpoint(checkpoint)["step"] == 2
-
-    monkeypatch.setattr(tgs.Trainer, "micro_step", real)
-    huge = ["--lr", "1e38", "--warmup_fraction", "0"]
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "b") + huge, "loss", "step 1", status=3)
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "c", num_steps=1) + huge, "validation", "step 1", status=3)
-    assert not (only_record(tmp_path / "c") / "summary.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(tgs.Trainer, "micro_step", poisoned)
+        lab.refuses("gradient", "step 3", "--lr", name="a", status=3, num_steps=6, save_every=2)
+    model, weights = seen[-1]
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert names_of_checkpoints(lab.record("a")) == ["checkpoint_2.pt"]
+    huge = dict(status=3, lr=1e38, warmup_fraction=0)
+    lab.refuses("loss", "step 1", **huge)
+    lab.refuses("validation", "step 1", name="b", num_steps=1, **huge)
+    assert not (lab.record("b") / "summary.json").exists()
 
 
 # Bad input
 
-def shard_header(*values):
-    return np.array(values + (0,) * (256 - len(values)), "<i4").tobytes()
+def flipped(data):
+    return data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]
 
 
-def test_every_malformed_shard_is_one_line_that_names_it_before_a_record_is_made(tmp_path, corpus, capsys):
-    path, tokens = tmp_path / "bad.bin", np.arange(200, dtype="<u2").__mod__(11).tobytes()
-    good = shard_header(20240520, 1, 200)
+def test_every_malformed_shard_is_one_line_that_names_it_before_a_record_is_made(lab):
+    path = lab.folder / "bad.bin"
+    tokens = np.arange(200) % 11
+    for magic, version, word in [
+            (20240521, 1, "begins with 20240521"), (20240520, 2, "20240520 and 2"),
+            (20240801, 1, "20240801 and 1"), (20240801, 7, "holds 100")]:
+        write_shard(path, tokens, magic, version)
+        lab.refuses(str(path), word, train_files=path)
+    for count in 201, 199, -1, 0, 2**31 - 1:
+        write_shard(path, tokens, count=count)
+        lab.refuses(str(path), f"says {count} tokens, it holds 200", train_files=path)
+    good = write_shard(path, tokens).read_bytes()
     for content, word in [
-            (b"", "not a whole shard"), (good[:1000], "not a whole shard"), (good, "not a whole shard"),
-            (shard_header(20240521, 1, 200) + tokens, "begins with 20240521"),
-            (shard_header(20240520, 2, 200) + tokens, "20240520 and 2"),
-            (shard_header(20240801, 1, 200) + tokens, "20240801 and 1"),
-            (shard_header(20240801, 7, 200) + tokens, "holds 100"),
-            (np.frombuffer(good, "<i4").byteswap().tobytes() + tokens, "not with one of"),
-            *[(shard_header(20240520, 1, n) + tokens, f"says {n} tokens, it holds 200")
-              for n in (201, 199, -1, 0, 2**31 - 1)],
-            (good + tokens + b"x", "not a multiple"), (good + tokens[:-2], "holds 199"),
-            (shard_header(20240520, 1, 20) + tokens[:40], "smaller --batch_size")]:
+            (b"", "not a whole shard"), (good[:1000], "not a whole shard"),
+            (good[:1024], "not a whole shard"), (good[:-2], "holds 199"), (good + b"x", "not a multiple")]:
         path.write_bytes(content)
-        refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), word, str(path))
-    path.write_bytes(shard_header(20240520, 1, 8) + tokens[:16])
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", val_files=path), "--val_files", "--max_seq_len")
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=tmp_path / "none_*.bin"),
-                        "matches no file")
-    path.unlink(), path.mkdir()
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path), "directory")
-    path.rmdir()
-    write_shard(path, [1] * 200).chmod(0)
-    if not os.access(path, os.R_OK):  # root reads everything
-        refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path), str(path),
-                            "Permission denied")
-    assert not (tmp_path / "r").exists()
+        lab.refuses(str(path), word, train_files=path)
+    write_shard(path, tokens[:20])
+    lab.refuses(str(path), "smaller --batch_size", train_files=path)
+    write_shard(path, tokens[:8])
+    lab.refuses("--val_files", "--max_seq_len", val_files=path)
+    path.unlink()
+    lab.refuses("matches no file", train_files=path)
+    path.mkdir()
+    lab.refuses(str(path), "directory", train_files=path)
+    assert not (lab.folder / "refused").exists()
 
 
-def test_a_token_beyond_the_vocabulary_is_found_before_it_reaches_the_model(tmp_path, corpus, capsys):
+def test_a_token_beyond_the_vocabulary_is_found_before_it_reaches_the_model(lab):
     tokens = np.arange(200) % 11
     tokens[3 * 32 + 20] = 60000
-    path = write_shard(tmp_path / "bad.bin", tokens)
-    words = (str(path), "token 60000", "--vocab_size 11")
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", train_files=path, num_steps=5), *words)
-    assert [e["step"] for e in events(only_record(tmp_path / "r"), "train")] == [0, 1, 2]
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "v", val_files=path), *words)
+    path = write_shard(lab.folder / "bad.bin", tokens)
+    words = [str(path), "token 60000", "--vocab_size 11"]
+    lab.refuses(*words, name="run", train_files=path, num_steps=5)
+    assert [e["step"] for e in events(lab.record("run"), "train")] == [0, 1, 2]
+    lab.refuses(*words, val_files=path)
 
 
-def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is_made(tmp_path, corpus,
-                                                                                      capsys):
+def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is_made(lab):
     """And a pickle that would run code is refused, and nothing of it runs."""
-    assert tgs.main(flags(corpus, tmp_path / "good", num_steps=1)) == 0
-    good, bad, ran = only_record(tmp_path / "good"), tmp_path / "bad", tmp_path / "ran"
-    state, config = torch.load(good / "checkpoint_1.pt"), (good / "config.json").read_text()
-    model, weight = state["model"], "layers.0.attention.wq.weight"
-    data, weights = (good / "checkpoint_1.pt").read_bytes(), (good / "model.safetensors").read_bytes()
-    bad.mkdir()
+    good = lab.train("good", num_steps=1)
+    bad = lab.folder / "bad"
+    ran = lab.folder / "ran"
+    said = (good / "config.json").read_text()
+    data = (good / "checkpoint_1.pt").read_bytes()
+    weights = (good / "model.safetensors").read_bytes()
+    model = torch.load(good / "checkpoint_1.pt")["model"]
+    weight = "layers.0.attention.wq.weight"
 
     class Evil:
         def __reduce__(self):
             return Path.touch, (ran,)
 
-    def refuses(content, *words, config=config, name="checkpoint_1.pt"):
-        for path in bad.iterdir():
-            path.unlink()
+    def refuses(content, *words, config=said, name="checkpoint_1.pt"):
+        shutil.rmtree(bad, ignore_errors=True)
+        bad.mkdir()
         if config is not None:
             (bad / "config.json").write_text(config)
         if isinstance(content, bytes):
             (bad / name).write_bytes(content)
-        elif content is not None:
+        else:
             torch.save(content, bad / name)
-        for source in (bad, bad / name) if content is not None else (bad,):
-            refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=source, dim=None,
-                                              n_layers=None), str(bad), *words)
+        for source in bad, bad / name:
+            lab.refuses(str(bad), *words, init_from=source, dim=None, n_layers=None)
 
-    flipped = data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]
-    for content in (data[:len(data) // 2], b"", b"not a checkpoint", flipped, pickle.dumps(Evil()),
+    for content in (data[:len(data) // 2], b"", b"not a checkpoint", flipped(data), pickle.dumps(Evil()),
                     {"model": Evil()}, Evil(), [1]):
         refuses(content, "damaged or not a checkpoint")
-    for content in (weights[:-100], b"{"):
+    for content in weights[:-100], b"{":
         refuses(content, "damaged", name="model.safetensors")
     refuses({"model": [1]}, "not a dictionary")
-    for change, word in (({"more": model[weight]}, "more"), ({weight: torch.zeros(3)}, weight),
-                         ({weight: "text"}, weight), ({3: model[weight]}, "does not fit")):
-        refuses({"model": model | change}, "does not fit", word)
     refuses({"model": {}}, "does not fit", "Missing key")
-    refuses(None, "has no checkpoint")
-    for config, word in ((None, "cannot be read"), (config[:50], "cannot be read as JSON"),
-                         ("[1]", "not a JSON object"), ('{"n_layers": 4}', "does not say dim"),
-                         ('{"model": 3}', "not a dictionary"), ("[" * 100_000, "cannot be read as JSON")):
+    for name, value in (("more", torch.zeros(3)), (weight, torch.zeros(3)), (weight, "text")):
+        refuses({"model": model | {name: value}}, "does not fit", name)
+    refuses({"model": {3: "text"}}, "does not fit")
+    for config, word in ((None, "cannot be read"), (said[:50], "cannot be read as JSON"),
+                         ("[" * 100_000, "cannot be read as JSON"), ("[1]", "not a JSON object"),
+                         ('{"n_layers": 4}', "does not say dim"), ('{"model": 3}', "not a dictionary")):
         refuses(data, word, config=config)
-    refused_in_one_line(capsys, flags(corpus, tmp_path / "r", init_from=good, dim=32), "--dim 32 disagrees",
-                        str(good))
-    assert not ran.exists() and not (tmp_path / "r").exists()
+    (bad / "checkpoint_1.pt").unlink()
+    lab.refuses("has no checkpoint", init_from=bad)
+    lab.refuses(str(good), "--dim 32 disagrees", init_from=good, dim=32)
+    assert not ran.exists() and not (lab.folder / "refused").exists()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(few, max_examples=60)
 @given(head=st.lists(st.integers(-2**31, 2**31 - 1) | st.sampled_from([20240520, 1, 0, 5]), max_size=4),
-       cut=st.integers(0, 1100), size=st.integers(0, 12), real=st.integers(0, 3))
-def test_no_header_of_a_shard_is_more_than_accepted_or_refused(tmp_path_factory, head, cut, size, real):
+       size=st.integers(0, 12), real=st.integers(0, 3))
+def test_no_header_of_a_shard_is_more_than_accepted_or_refused(tmp_path_factory, head, size, real):
     path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
-    values = ((20240520, 1, size)[:real] + tuple(head))[:256]
-    path.write_bytes((shard_header(*values) + bytes(2 * size))[:1024 + 2 * size if real else cut])
+    values = (20240520, 1, size)[:real] + tuple(head)
+    padding = (0,) * (256 - len(values))
+    path.write_bytes(np.array(values + padding, "<i4").tobytes() + bytes(2 * size))
     try:
-        assert len(tgs.open_shard(path)) == size > 0 and values[:3] == (20240520, 1, size)
+        assert len(tgs.open_shard(path)) == size > 0
+        assert values[:3] == (20240520, 1, size)
     except UserError as e:
         assert str(path) in str(e) and "\n" not in str(e)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(few, max_examples=150)
 @given(at=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3),
-       cut=st.none() | st.floats(0, 1), seed=st.integers(0, 9))
-def test_no_damage_to_a_checkpoint_changes_what_is_read_from_it(tmp_path_factory, at, cut, seed):
+       cut=st.just(1) | st.floats(0, 1))
+def test_no_damage_to_a_checkpoint_changes_what_is_read_from_it(tmp_path_factory, at, cut):
     """Read whole and the same, or refused in one line."""
-    path, content = tmp_path_factory.getbasetemp() / "fuzzed.pt", {"model": {"w": torch.arange(40.0)},
-                                                                   "step": 3}
-    torch.save(content, path)
+    path = tmp_path_factory.getbasetemp() / "fuzzed.pt"
+    w = torch.arange(40.0)
+    torch.save({"model": {"w": w}, "step": 3}, path)
     data = bytearray(path.read_bytes())
     for place, value in at:
         data[int(place * (len(data) - 1))] = value
-    path.write_bytes(data if cut is None else data[:int(cut * len(data))])
+    path.write_bytes(data[:int(cut * len(data))])
     try:
         state = tgs.read_checkpoint(path)
-        assert state["step"] == 3 and torch.equal(state["model"]["w"], content["model"]["w"])
+        assert state["step"] == 3 and torch.equal(state["model"]["w"], w)
     except UserError as e:
         assert str(path) in str(e) and "\n" not in str(e)
 
 
 # Disk
 
+@pytest.mark.parametrize("fault", [lambda: OSError(errno.ENOSPC, "No space left"),
+                                   lambda: RuntimeError("No space left")], ids=["system", "torch.save"])
 def test_a_full_disk_stops_the_run_in_one_line_with_the_checkpoint_before_intact_and_nothing_half_written(
-        tmp_path, corpus, capsys, monkeypatch, no_plot):
+        lab, monkeypatch, fault):
     kw = dict(num_steps=6, save_every=2, **DRIVEN)
-    assert tgs.main(flags(corpus, tmp_path / "whole", **kw)) == 0
-    whole = end_of(only_record(tmp_path / "whole"))
-    full = lambda: throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    whole = end_of(lab.train("whole", **kw))
 
-    def fsync(descriptor, calls=[]):
+    def fsync(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith("checkpoint_4.pt.partial"):
-            full()
-    for i, (module, name, fault) in enumerate([
-            (os, "fsync", fsync),
-            (torch, "save", lambda s, f, real=torch.save: real(s, f) if s["step"] < 4 else full())]):
-        with monkeypatch.context() as m:
-            m.setattr(module, name, fault)
-            refused_in_one_line(capsys, flags(corpus, tmp_path / f"r{i}", **kw),
-                                "checkpoint_4.pt cannot be written", "No space left", "--resume")
-        record = only_record(tmp_path / f"r{i}")
-        assert [p.name for p in tgs.checkpoints(record)] == ["checkpoint_2.pt"]
-        assert not list(record.glob("*.partial"))
-        assert tgs.main(["--resume", str(record)]) == 0 and same_end(end_of(record), whole)
+            raise fault()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        lab.refuses("checkpoint_4.pt cannot be written", "No space left", "--resume", name="run", **kw)
+    record = lab.record("run")
+    assert names_of_checkpoints(record) == ["checkpoint_2.pt"]
+    lab.resume(record)
+    assert end_of(record) == whole
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs the right to mount")
-def test_a_run_on_a_full_file_system_says_so_and_goes_on_when_there_is_room(tmp_path, corpus, capsys):
-    disk = tmp_path / "disk"
+def test_a_run_on_a_full_file_system_says_so_and_goes_on_when_there_is_room(lab):
+    disk = lab.folder / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk],
-                      capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
         kw = dict(num_steps=6, save_every=2, dim=32)
-        refused_in_one_line(capsys, flags(corpus, disk, **kw), "cannot be written", "--resume")
-        record = only_record(disk)
-        assert not list(record.glob("*.partial"))
-        step = max([tgs.read_checkpoint(p)["step"] for p in tgs.checkpoints(record)], default=0)
-        assert len(events(record, "train")) >= step
+        lab.refuses("cannot be written", "--resume", name="disk", **kw)
+        record = lab.record("disk")
+        names_of_checkpoints(record)
         with open(disk / "lines", "ab", buffering=0) as f, pytest.raises(UserError, match="No space left"):
             tgs.Record.append(None, f, "fits")
             tgs.Record.append(None, f, "y" * 600_000)
         assert (disk / "lines").read_text() == "fits\n"
         subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
-        assert tgs.main(["--resume", str(record)]) == 0
-        assert tgs.main(flags(corpus, tmp_path / "whole", **kw)) == 0
-        assert same_end(end_of(record), end_of(only_record(tmp_path / "whole")))
+        lab.resume(record)
+        assert end_of(record) == end_of(lab.train("whole", **kw))
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -2041,35 +2048,33 @@ def test_a_run_on_a_full_file_system_says_so_and_goes_on_when_there_is_room(tmp_
 # Several processes
 
 def losses(record):
-    return [[e[k] for k in ("loss", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "mean_coef",
-                            "var_coef") if k in e]
-            for e in events(record)]
+    """All numbers of a run that do not depend on how many ranks there are."""
+    names = "loss", "cross_entropy", "gate_mean", "gate_var", "gate_zero", "mean_coef", "var_coef"
+    return np.concatenate([np.ravel(e[k]) for e in events(record) for k in names if k in e])
 
 
-def assert_same_losses(a, b):
-    flat = [[x for v in e for x in (v if isinstance(v, list) else [v])] for e in a], [
-        [x for v in e for x in (v if isinstance(v, list) else [v])] for e in b]
-    assert len(a) == len(b) and all(x == pytest.approx(y, rel=1e-3, abs=2e-5) for x, y in zip(*flat))
+def same_losses(a, b):
+    return losses(a) == pytest.approx(losses(b), rel=1e-3, abs=2e-5)
 
 
-def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_when_it_changes_on_resume(
-        tmp_path, corpus, no_plot):
+def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_when_it_changes_on_resume(lab):
     """And gradients synchronise once a step, not on the micro-batches of an accumulation."""
     kw = dict(num_steps=6, save_every=3, val_every=3, device_batch_size=1, **DRIVEN)
 
     def counting(rank):
-        real, calls = torch.nn.parallel.DistributedDataParallel, []
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        real = torch.nn.parallel.DistributedDataParallel
+
+        def hook(group, bucket):
+            with open(lab.folder / f"calls_{rank}", "a") as calls:
+                calls.write(".")
+            return allreduce_hook(group, bucket)
 
         def counted(*args, **kwargs):
             model = real(*args, **kwargs)
-
-            def hook(group, bucket):
-                calls.append(1)
-                (tmp_path / f"calls_{rank}").write_text(str(len(calls)))
-                return allreduce_hook(group, bucket)
             model.register_comm_hook(None, hook)
             return model
+
         torch.nn.parallel.DistributedDataParallel = counted
 
     def interrupted(rank):
@@ -2078,128 +2083,117 @@ def test_any_number_of_ranks_gives_the_same_losses_gates_and_coefficients_also_w
         def step(trainer, i):
             trainer.signals += i == 3
             return real(trainer, i)
+
         tgs.Trainer.train_step = step
 
-    for world, before in ((1, lambda rank: None), (2, counting), (4, lambda rank: None)):
-        run = Ranks(tmp_path, flags(corpus, tmp_path / str(world), **kw), world, before)
-        assert run.wait() == [0] * world, run.text()
-    one, two, four = (losses(only_record(tmp_path / w)) for w in "124")
-    assert_same_losses(one, two), assert_same_losses(one, four)
-    # some skip, some not
-    assert any(0 < z < 1 for e in events(only_record(tmp_path / "1")) for z in e["gate_zero"])
+    one = lab.train("1", **kw)
+    two = lab.train("2", 2, counting, **kw)
+    four = lab.train("4", 4, **kw)
+    assert any(0 < z < 1 for e in events(one) for z in e["gate_zero"])  # some skip, some not
+    assert same_losses(one, two) and same_losses(one, four)
     # one bucket: 6 steps of two micro-batches
-    assert [(tmp_path / f"calls_{r}").read_text() for r in (0, 1)] == ["6", "6"]
-    assert all(1 <= e["rank_imbalance"] <= 2 for e in events(only_record(tmp_path / "2"), "train"))
-    summary = json.loads((only_record(tmp_path / "4") / "summary.json").read_text())
-    assert summary["ddp"]["avg_backward_comm_time"] > 0
+    assert [(lab.folder / f"calls_{rank}").read_text() for rank in (0, 1)] == ["......"] * 2
+    assert all(1 <= e["rank_imbalance"] <= 2 for e in events(two, "train"))
+    assert summary_of(four)["ddp"]["avg_backward_comm_time"] > 0
     for first, then in ((1, 2), (4, 1)):
-        folder = tmp_path / f"{first}_then_{then}"
-        assert Ranks(tmp_path, flags(corpus, folder, **kw), first, interrupted).wait() == [0] * first
-        assert len(events(only_record(folder), "train")) == 4
-        assert Ranks(tmp_path, ["--resume", only_record(folder)], then).wait() == [0] * then
-        assert_same_losses(one, losses(only_record(folder)))
+        name = f"{first} then {then}"
+        cut = lab.train(name, first, interrupted, **kw)
+        assert len(events(cut, "train")) == 4
+        lab.train(name, then, resume=cut, **kw)
+        assert same_losses(one, cut)
 
 
-def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_train(tmp_path, corpus,
-                                                                                     no_plot):
+@pytest.mark.parametrize("share, imbalance", [(0.5, 2), (1.0, 0)])
+def test_ranks_on_which_no_token_is_active_and_steps_in_which_none_is_anywhere_train(lab, share, imbalance):
     """Token 3 skips at the first router, and is all that rank 1 sees; then no token runs any block."""
-    model, cfg = random_model(2, **TINY)
+    model, cfg = random_model(2)
     h = model.input_norm(model.tok_embeddings.weight[3]).detach()
-    data = np.where(np.arange(200) // 16 % 2, 3, np.arange(200) % 3)
-    shard = write_shard(tmp_path / "x.bin", data)
-    for name, weight, bias, share in (("some", 60 * h / h.square().sum(), -57, 0.5), ("none", 0 * h, 9, 1.0)):
-        source = tmp_path / name
-        source.mkdir()
-        with torch.no_grad():
-            model.masks[0].linear.weight.copy_(weight), model.masks[0].linear.bias.fill_(bias)
-        tgs.export_weights(model, source / "model.safetensors")
-        (source / "config.json").write_text(json.dumps({k: getattr(cfg, k) for k in tgs.MODEL_FIELDS}))
-        for world in (1, 2):
-            run = Ranks(tmp_path, flags(corpus, source / str(world), init_from=source, train_files=shard,
-                                        val_tokens=100), world)
-            assert run.wait() == [0] * world, run.text()
-        one, two = (only_record(source / w) for w in "12")
-        assert events(two, "train")[0]["gate_zero"][0] == pytest.approx(share, abs=0.04)
-        assert events(two, "train")[0]["rank_imbalance"] == pytest.approx(2 if name == "some" else 0, abs=0.1)
-        assert_same_losses(losses(one), losses(two))
+    router = model.masks[0].linear
+    router.weight.data = 60 * h[None] / h.square().sum()
+    router.bias.data.fill_(-57 if share < 1 else 999)
+    source = exported(model, lab.folder / "source")
+    tokens = np.where(np.arange(200) // 16 % 2, 3, np.arange(200) % 3)
+    kw = dict(init_from=source, train_files=write_shard(lab.folder / "x.bin", tokens), val_tokens=100)
+    one = lab.train("1", **kw)
+    two = lab.train("2", 2, **kw)
+    first = events(two, "train")[0]
+    assert first["gate_zero"][0] == pytest.approx(share, abs=0.04)
+    assert first["rank_imbalance"] == pytest.approx(imbalance, abs=0.1)
+    assert same_losses(one, two)
 
 
-def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(tmp_path, corpus, no_plot):
+def not_finite(step):
+    loss, *rest = step()
+    return loss * math.nan, *rest
+
+
+@pytest.mark.parametrize("fault, statuses, words", [
+    (lambda step: die(), [1, -9], "lost the other processes"),
+    (not_finite, [3, 3], "loss is not finite"),
+    # what nobody expected keeps its traceback
+    (lambda step: throw(RuntimeError("a closure was reset")), [1, 1], "\nRuntimeError: a closure was reset")])
+def test_the_failure_of_one_rank_ends_all_and_its_cause_is_said_once(lab, fault, statuses, words):
+    def plant(rank):
+        real = tgs.Trainer.micro_step
+
+        def step(trainer, x, y):
+            run = functools.partial(real, trainer, x, y)
+            return fault(run) if rank == 1 and trainer.loader.place else run()
+
+        tgs.Trainer.micro_step = step
+
+    run = lab.launch("run", 2, plant)
+    assert run.wait(30) == statuses, run.text()
+    assert len(run.errors()) == 1 and words in run.text(), run.text()
+
+
+def test_what_one_rank_sees_it_says_with_its_number_and_what_all_see_is_said_once(lab):
     tokens = np.arange(400) % 11
     tokens[2 * 32 + 20] = 60000  # step 2, the window of rank 1
-    shard = write_shard(tmp_path / "bad.bin", tokens)
-    run = Ranks(tmp_path, flags(corpus, tmp_path / "r", train_files=shard), 2)
+    run = lab.launch("run", 2, train_files=write_shard(lab.folder / "bad.bin", tokens))
     assert run.wait(30) == [1, 2] and "Traceback" not in run.text(), run.text()
-    assert sum("token 60000" in line and "error: rank 1: shard" in line for line in run.errors()) == 1
-    assert len(run.errors()) == 2 and "lost the other processes" in run.errors()[0]
-
-    def dies(rank):
-        real = tgs.Trainer.micro_step
-        tgs.Trainer.micro_step = lambda self, x, y: (
-            os.kill(os.getpid(), 9) if rank == 1 and self.loader.place else real(self, x, y))
-    run = Ranks(tmp_path, flags(corpus, tmp_path / "s"), 2, dies)
-    assert run.wait(30) == [1, -9] and len(run.errors()) == 1, run.text()
-
-    def fails(rank):  # by an error that nobody expected: it keeps its traceback
-        real = tgs.Trainer.micro_step
-        tgs.Trainer.micro_step = lambda self, x, y: (
-            throw(RuntimeError("a closure was reset")) if rank == 1 and self.loader.place else real(self, x, y))
-    run = Ranks(tmp_path, flags(corpus, tmp_path / "f"), 2, fails)
-    assert run.wait(30) == [1, 99] and "lost the other processes" in run.errors()[0], run.text()
-    assert "Traceback" in run.text() and "RuntimeError: a closure was reset" in run.text()
-
-    def poisons(rank):
-        real = tgs.Trainer.micro_step
-
-        def step(self, x, y):
-            loss, ce, stats = real(self, x, y)
-            return loss * (math.nan if rank == 1 and self.loader.place else 1), ce, stats
-        tgs.Trainer.micro_step = step
-    run = Ranks(tmp_path, flags(corpus, tmp_path / "t"), 2, poisons)
-    assert run.wait(30) == [3, 3] and len(run.errors()) == 1 and "loss is not finite" in run.text(), run.text()
-    # the same on all: said once
-    for wrong in (["--dim", "15"], ["--train_files", "none_*.bin"], ["--batch_size", "2"]):
-        run = Ranks(tmp_path, flags(corpus, tmp_path / "u") + wrong, 2)
-        assert run.wait(30) == [2, 2] and len(run.errors()) == 1 and wrong[0] in run.text(), run.text()
-    assert not (tmp_path / "u").exists()
+    lost, cause = run.errors()
+    assert "lost the other processes" in lost
+    assert "error: rank 1: shard" in cause and "token 60000" in cause
+    for wrong in dict(dim=15), dict(train_files="none_*.bin"), dict(batch_size=2):
+        run = lab.launch("none", 2, **wrong)
+        assert run.wait(30) == [2, 2], run.text()
+        (error,) = run.errors()
+        assert f"--{min(wrong)}" in error
+    assert not (lab.folder / "none").exists()
 
 
 def test_a_run_that_is_restarted_goes_on_from_its_last_checkpoint(tmp_path, corpus):
     """One of two processes is killed; run.sh starts both again, in the same record."""
     kw = dict(num_steps=80, save_every=10, val_every=80, **DRIVEN)
-    env = os.environ | dict(NPROC="2", MAX_RESTARTS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | dict(NPROC="2", MAX_RESTARTS="1", PATH=path)
+    output = tmp_path / "out"
     argv = ["bash", ROOT / "run.sh", *flags(corpus, tmp_path / "r", **kw)]
-    with open(tmp_path / "out", "w") as out, subprocess.Popen(argv, stdout=out, stderr=out, env=env) as run:
-        wait_for(lambda: list((tmp_path / "r").glob("*/checkpoint_10.pt")) or run.poll() is not None)
-        workers = subprocess.run(["pgrep", "-f", f"train_gpt_skip.py.*{tmp_path}"], capture_output=True, text=True)
-        os.kill(max(map(int, workers.stdout.split())), signal.SIGKILL)
+    with open(output, "w") as out, subprocess.Popen(argv, stdout=out, stderr=out, env=env) as run:
+        wait_for(lambda: list(tmp_path.glob("r/*/checkpoint_10.pt")) or run.poll() is not None)
+        found = subprocess.run(["pgrep", "-f", f"train_gpt_skip.py.*{tmp_path}"], capture_output=True)
+        os.kill(max(map(int, found.stdout.split())), signal.SIGKILL)
         try:
-            status = run.wait(90)
+            assert run.wait(90) == 0, output.read_text()
         finally:
             run.terminate()
-        assert status == 0, (tmp_path / "out").read_text()
-    record, text = only_record(tmp_path / "r"), (tmp_path / "out").read_text()
+    record = only_record(tmp_path / "r")
     assert [e["step"] for e in events(record, "train")] == list(range(80))
-    assert int(re.search(r"resumed at step (\d+)", text)[1]) >= 10
-    assert not json.loads((record / "summary.json").read_text())["interrupted"]
+    assert int(re.search(r"resumed at step (\d+)", output.read_text())[1]) >= 10
+    assert not summary_of(record)["interrupted"]
 
 
-def test_two_torchrun_agents_act_as_two_machines(tmp_path, corpus, no_plot):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    kw = dict(num_steps=3, device_batch_size=1, **DRIVEN)
-    agents = [subprocess.Popen([
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(n),
-        "--master_addr", "127.0.0.1",
-        "--master_port", port, "--nproc_per_node", "1", str(ROOT / "train_gpt_skip.py"),
-        *flags(corpus, tmp_path / "two", **kw)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in (0, 1)]
+def test_two_torchrun_agents_act_as_two_machines(lab):
+    kw = dict(device_batch_size=1, **DRIVEN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+                "--master_addr", "127.0.0.1", "--master_port", free_port(), "--node_rank"]
+    agents = [subprocess.Popen([*torchrun, node, ROOT / "train_gpt_skip.py", *lab.flags("two", **kw)],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in "01"]
     outputs = [agent.communicate(timeout=90)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert "step" in outputs[0] and "step" not in outputs[1]
-    assert tgs.main(flags(corpus, tmp_path / "one", **kw)) == 0
-    assert_same_losses(losses(only_record(tmp_path / "one")), losses(only_record(tmp_path / "two")))
+    assert same_losses(lab.train("one", **kw), lab.record("two"))
 
 
 # ----------------------------------------------------------------------------------------------------------
