@@ -872,7 +872,7 @@ def open_shard(path):
         if not len(tokens) == count > 0:
             raise ValueError(f"its header says {count} tokens, it holds {len(tokens)}")
         return tokens
-    except (OSError, ValueError, IndexError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"{path} is not a whole shard ({e}); make or fetch it again: {SHARD_HINT}")
 
 

@@ -97,7 +97,7 @@ class DepthTable:
             "token": [repr(t) for t in text],
             "position in the word": [*map(str, range(self.WORD - 1)), "later"],
             "position in what the model sees": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.SEEN)]}
-        text[self.end] = " "
+        text[self.end:self.end + 1] = [" "]  # (a model may lack it)
         self.begins_word = torch.tensor([t[:1].isspace() for t in text])
         self.ends_word = torch.tensor([t[-1:].isspace() for t in text])
         self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
