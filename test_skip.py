@@ -531,9 +531,8 @@ def graphs_of_warm_up(monkeypatch):
 
 @pytest.mark.parametrize("flex", [False, True])
 def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_change(flex, monkeypatch):
-    """As in a run, every gate is open at first. With FlexAttention (here without a backward, and of batches
-    of one size) every call brings another mask, and tokens that fill their blocks are no case of their
-    own."""
+    """As in a run, every gate is open at first. With FlexAttention (here without a backward) every call brings
+    another mask, and tokens that fill their blocks are no case of their own."""
     compile_quickly(monkeypatch)
     monkeypatch.setattr(tgs, "uses_flex", lambda device: flex)
     monkeypatch.setattr(tgs, "flex_attention", tgs.compiled(tgs.flex_attention))
@@ -543,8 +542,6 @@ def test_nothing_recompiles_as_the_numbers_of_active_tokens_and_of_sequences_cha
     routed = model.gates
     counts = []
     for B, share in ((4, 1), (4, 0.3), (3, 1 / 3), (4, 0.5), (2, 0.75), (5, 0.9), (1, 0.51), (1, 1)):
-        B = 4 if flex else B
-
         def gates(h, S, l, layout):
             S, g = routed(h, S, l, layout)
             return S, g * (torch.arange(len(g)) < B * T * share ** (l + 1))
@@ -992,6 +989,20 @@ def test_with_a_cooldown_the_learning_rate_stays_constant_and_then_falls_linearl
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_routers_begin_and_learn_as_at_the_width_that_router_width_names():
+    """Their weights' spread and rate are those of this width times it over dim; all else is as without."""
+    cfg = Config(**TINY | dict(dim=256, router_width=64))
+    plain = Config(**TINY | dict(dim=256))
+    model, other = MiddleSkippingTransformer(cfg), MiddleSkippingTransformer(plain)
+    tgs.initialise(model, cfg)
+    tgs.initialise(other, plain)
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        scale = 0.25 if name.startswith("masks.") else 1.0
+        torch.testing.assert_close(p, scale * q)
+    scales = {group["name"]: group["scale"] for group in tgs.make_optimizers(model, cfg)["optimizer"].param_groups}
+    assert scales.pop("routers") == 0.25 and set(scales.values()) == {1.0}
+
+
 def test_the_optimizers_groups_partition_the_parameters(optimizer):
     model, cfg = random_model(optimizer=optimizer)
     optimizers = tgs.make_optimizers(model, cfg).values()

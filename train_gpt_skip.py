@@ -364,7 +364,9 @@ def make_layout(seq, cos, sin, n_seqs, flex):
     """The layout of n tokens, in as many rows as the angles cos and sin have, n or padded."""
     each = torch.arange(n_seqs + 1, device=seq.device)
     counts = torch.searchsorted(seq, each, right=True) - torch.searchsorted(seq, each)
-    return Layout(seq, counts, cos, sin, mask_tables(padded(seq, len(cos), n_seqs)) if flex else None)
+    # (padding by a value that changes would be a graph each)
+    tables = mask_tables(padded(seq - n_seqs, len(cos), 0) + n_seqs) if flex else None
+    return Layout(seq, counts, cos, sin, tables)
 
 
 def gather(h, S, g, layout, keep, rows):
