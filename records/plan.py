@@ -8,7 +8,7 @@ as FlexAttention computes them) and of the head; bytes that pointwise kernels, o
 kernels launched and waits for the host; and bytes of gradients between devices. Counts over the data sheet's
 rates, of which SHARES says how much is assumed, are seconds. FLOPs, parameters and bytes of a block are
 tested against torch's own counts; the shares are assumptions, printed with the result, and `./run.sh bench
---gpu_report` prints measured beside estimated. A sparsity is the benchmark's: this share of the tokens is
+--gpu_report` prints this below what it measured. A sparsity is the benchmark's: this share of the tokens is
 skipped at the first router. MFU counts the model's own FLOPs (no masked pairs, no recomputation).
 """
 import math

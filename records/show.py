@@ -132,8 +132,9 @@ def closing_lines(run):
     if s.get("dense_step_seconds"):  # (an older run's, which measured it)
         yield (f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of the "
                "same size (forward and backward of one micro-batch, medians, measured at the end)")
-    if ddp := s.get("ddp"):
-        total, hidden = ddp["avg_backward_comm_time"], ddp["avg_backward_compute_comm_overlap_time"]
+    ddp = s.get("ddp") or {}  # (which few steps leave without times)
+    if total := ddp.get("avg_backward_comm_time"):
+        hidden = ddp["avg_backward_compute_comm_overlap_time"]
         yield (f"averaging the gradients takes {total / 1e6:.1f} ms a step, of which {hidden / 1e6:.1f} ms "
                "are hidden behind the backward pass")
     if "folder" in run:
