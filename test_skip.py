@@ -984,7 +984,6 @@ def test_with_a_cooldown_the_learning_rate_stays_constant_and_then_falls_linearl
     assert rates(10, cooldown_fraction=0.05)[9] == 2.0  # less than a step: no cosine
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_routers_begin_and_learn_as_at_the_width_that_router_width_names():
     """Their weights' spread and rate are those of this width times it over dim; all else is as without."""
     cfg = Config(**TINY | dict(dim=256, router_width=64))
@@ -1000,6 +999,7 @@ def test_routers_begin_and_learn_as_at_the_width_that_router_width_names():
     assert scales.pop("routers") == 0.25 and set(scales.values()) == {1.0}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_optimizers_groups_partition_the_parameters(optimizer):
     model, cfg = random_model(optimizer=optimizer)
     optimizers = tgs.make_optimizers(model, cfg).values()
