@@ -618,13 +618,6 @@ def test_gpu_bfloat16_training_compiles_once_and_resumes(tmp_path, corpus, monke
 
 
 @cuda
-def test_gpu_what_carrying_ln_g_costs_is_timed():
-    cfg = Config(dim=128, n_heads=2, n_layers=2, max_seq_len=512, device_batch_size=2, vocab_size=128)
-    seconds = bench.carrying(bench.Bench(cfg, tgs.Runtime(cfg)))
-    assert len(seconds) == 2 and all(seconds.values())
-
-
-@cuda
 def test_gpu_decoding_gives_the_full_forward_pass():
     model, _ = random_model(12, dim=64, n_heads=2, n_layers=4, closing=0.3, max_seq_len=32)
     model.to("cuda")
@@ -3013,6 +3006,7 @@ def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_p
         dense = rows[mode, batch, "dense", 0]
         flops = row["flops_per_token"] / dense["flops_per_token"]
         assert row["efficiency"] == pytest.approx(dense["seconds"] / row["seconds"] * flops)
+        assert row["mfu"] > 0 and row["peak_bytes"] > 0
         # all but the routers, the head and the pairs scale with the active tokens
         assert (1 - sparsity) * 0.9 < flops < 1 - sparsity + 0.26
 
@@ -3441,16 +3435,14 @@ def test_the_papers_ways_to_fail_are_warned_of_once(tmp_path, capsys, loss, zero
         assert text.startswith(f"WARNING: {expected}") if expected else text == ""
 
 
-def test_show_tells_what_closed_gates_saved_within_a_run_and_of_ranks_that_waited(tmp_path, capsys):
+def test_show_tells_of_ranks_that_waited(tmp_path, capsys):
     run = live_run(tmp_path, "gated")
-    first = archive.read_events(run)[0] | dict(rank_imbalance=1.5)
-    last = first | dict(tokens_per_s=11.25, gate_zero=[0.75] * 8)
-    (run / "metrics.jsonl").write_text((json.dumps(first) + "\n") * 18 + (json.dumps(last) + "\n") * 2)
+    event = archive.read_events(run)[0] | dict(rank_imbalance=1.5)
+    (run / "metrics.jsonl").write_text(json.dumps(event) + "\n")
     ddp = dict(avg_backward_comm_time=4e6, avg_backward_compute_comm_overlap_time=3e6)
     change(run / "summary.json", '"interrupted"', f'"ddp": {json.dumps(ddp)}, "interrupted"')
     assert ran(show, run) == 0
     said = capsys.readouterr().out
-    assert "0.80 of its first time: 75% of the gates are closed in the last tenth of the steps, 50%" in said
     assert "4.0 ms a step, of which 3.0 ms are hidden" in said and "busiest rank has 1.500" in said
 
 

@@ -8,8 +8,9 @@
 Variants alternate within one process and rows are medians, so that ratios hold on a machine whose speed
 drifts. `eager` is plain PyTorch, how the released code runs: separate projections, a materialised (B, 1, T,
 T) mask, float32 softmax by hand, full logits. `gated` skips a given share of the tokens at the first router,
-so sparsity is exact. FLOPs are those that are run. Speed-up is against `dense`; efficiency is the measured
-speed-up over the FLOPs' own. Writes records_dir/..._bench/bench.json.
+so sparsity is exact. FLOPs are those that are run; MFU is their share of the rate of a block's matrix
+products alone, measured in turn with them. Speed-up is against `dense`; efficiency is the measured speed-up
+over the FLOPs' own. Writes records_dir/..._bench/bench.json.
 """
 import dataclasses
 import subprocess
@@ -62,6 +63,8 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.x = torch.randint(cfg.vocab_size, (cfg.device_batch_size, cfg.max_seq_len), device=rt.device)
         self.prompts = dict(enumerate(self.x.tolist()))
+        self.weights = [p.detach().to(rt.dtype) for p in self.model.layers[0].parameters() if p.ndim == 2]
+        self.rates = []  # FLOP/s of a block's matrix products alone
 
     def gates(self, h, S, l, layout):
         """The first router at its full cost, with an answer that is given: skipped[i] of the i-th token."""
@@ -100,6 +103,12 @@ class Bench:
             else:
                 sample.Decoder(self.model, len(self.x)).append(self.prompts)
 
+    def time_products(self):
+        n = self.x.numel()
+        inputs = [w.new_ones(n, w.shape[1]) for w in self.weights]
+        seconds = clock(self.rt, lambda: [x @ w.T for x, w in zip(inputs, self.weights)])
+        self.rates.append(2 * n * sum(w.numel() for w in self.weights) / seconds)
+
     def row(self, mode, variant, sparsity, batch, seconds, tokens, seen):
         """A row of bench.json: of a pass in which each of `tokens` sees `seen` others, unless they skip."""
         cfg, active = self.model.cfg, 1 - sparsity
@@ -109,7 +118,8 @@ class Bench:
         flops = (tgs.realised_flops(cfg, stats, tokens) - unseen) / tokens
         return {"mode": mode, "variant": variant, "sparsity": sparsity,
                 "batch": batch, "seconds": seconds, "tokens_per_s": tokens / seconds,
-                "flops_per_token": 3 * flops if mode == "train" else flops}
+                "flops_per_token": 3 * flops if mode == "train" else flops,
+                "peak_bytes": tgs.peak_memory(self.rt)}  # (a CPU's never falls)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
@@ -128,6 +138,7 @@ def in_turn(bench, rounds, variants, prepare):
     """Each variant, in use, and its median seconds; prepare(*variant) gives what is timed."""
     seconds = {v: [] for v in variants}
     for _ in range(rounds + 1):
+        bench.time_products()
         for v in variants:
             bench.use(*v)
             seconds[v].append(clock(bench.rt, prepare(*v)))
@@ -164,22 +175,23 @@ def measure_decoding(bench, batch, rounds):
         yield bench.row("decode", *v, batch, seconds / DECODE_STEPS, batch, seen)
 
 
-def compare(rows):
-    """Add to each row what it is against the dense one."""
+def compare(rows, rate):
+    """Add to each row what it is against the dense one, and against the machine's own rate."""
     against = {(r["mode"], r["batch"]): r for r in rows if r["variant"] == "dense"}
     for r in rows:
         side = against[r["mode"], r["batch"]]
         r["speedup"] = side["seconds"] / r["seconds"]
         r["flops_speedup"] = side["flops_per_token"] / r["flops_per_token"]
         r["efficiency"] = r["speedup"] / r["flops_speedup"]
+        r["mfu"] = r["tokens_per_s"] * r["flops_per_token"] / rate
 
 
 def table(rows):
-    yield "mode    variant   sparsity  batch        ms   tokens/s    GFLOP/s  speed-up  of FLOPs  efficiency"
+    yield "mode    variant   sparsity  batch        ms   tokens/s    MFU  speed-up  of FLOPs  efficiency"
     for r in rows:
         yield (f"{r['mode']:8s}{r['variant']:9s}{r['sparsity']:9.2f}{r['batch']:7d}{1e3 * r['seconds']:10.2f}"
-               f"{r['tokens_per_s']:11.0f}{r['tokens_per_s'] * r['flops_per_token'] / 1e9:11.1f}"
-               f"{r['speedup']:10.2f}{r['flops_speedup']:10.2f}{r['efficiency']:12.2f}")
+               f"{r['tokens_per_s']:11.0f}{r['mfu']:7.2f}{r['speedup']:10.2f}{r['flops_speedup']:10.2f}"
+               f"{r['efficiency']:12.2f}")
 
 
 # ---- what is asked of a GPU -------------------------------------------------------------------------------
@@ -191,18 +203,6 @@ def host_waits(bench):
         clock(bench.rt, lambda: bench.train("gated"))
     waits = [e for e in record.key_averages() if "StreamSynchronize" in e.key]
     return sum(e.count for e in waits), 1e-6 * sum(e.self_cpu_time_total for e in waits)
-
-
-def carrying(bench):
-    """Seconds of a training step with all gates open, without and with ln g in attention."""
-    bench.use(*GATED[0])
-    seconds = {}
-    for carries in False, True:
-        for block in bench.model.layers:
-            block.gate_keys = carries
-        measured = [clock(bench.rt, lambda: bench.train("gated")) for _ in range(8)]
-        seconds[f"gate_keys {carries}"] = median(measured[3:])  # (the first compile and warm up)
-    return seconds
 
 
 def gpu_tests(bench):
@@ -217,8 +217,8 @@ def gpu_tests(bench):
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
     "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
-    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, what ln g "
-                       "in attention costs, and the tests that need a GPU"),
+    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, and the "
+                       "tests that need a GPU"),
 }
 FIELDS = [*tgs.SIZES, "norm", "device_batch_size", "device", "dtype", "compile", "records_dir"]
 
@@ -236,16 +236,18 @@ def run(args, explicit):
                 rows += measure_decoding(bench, batch, args.rounds)
         else:
             rows += measure_batches(bench, mode, args.rounds)
-    compare(rows)
+    rate = median(bench.rates)
+    compare(rows, rate)
     env = tgs.environment(bench.rt, {})
-    content = {"config": dataclasses.asdict(cfg), "env": env, "rows": rows}
+    content = {"device": env["device"], "dtype": env["dtype"], "config": dataclasses.asdict(cfg), "env": env,
+               "matmul_flops_per_s": rate, "rows": rows}
     path = tgs.make_folder(Path(cfg.records_dir), "bench") / "bench.json"
     tool.write_json(path, content)
     print(*table(rows), sep="\n")
     if args.gpu_report:  # what was measured is kept, should one of these fail
         sheet = next((known for known in plan.DEVICES if known in env["device"]), "H100")
         print(*plan.lines(cfg, [s for _, s in GATED], sheet, 1e10), sep="\n")
-        for ask in host_waits, carrying, gpu_tests:
+        for ask in host_waits, gpu_tests:
             content[ask.__name__] = ask(bench)
             tool.write_json(path, content)
             print(f"{ask.__name__}: {content[ask.__name__]}")

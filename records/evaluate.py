@@ -179,6 +179,10 @@ def evaluate_shards(model, rt, depth_file):
     print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
     print(f"FLOPs a token: {result['realised_flops_per_token']:.4g}")
     print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
+    if cfg.gated:
+        model.cfg = tool.dense(cfg)
+        whole = tgs.evaluate(model, cfg, rt, shards)["val_s"]
+        print(f"the same with no gate takes {whole / result['val_s']:.2f} times as long (measured now, once)")
     tables = depths.tables() if depths else {}
     for title, rows in tables.items():
         print(f"mean depth of {cfg.n_layers} blocks, by {title}")

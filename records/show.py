@@ -8,7 +8,7 @@ validation and at its end; it reads the record alone, and needs neither torch no
 import math
 import os
 from pathlib import Path
-from statistics import fmean as mean, median
+from statistics import fmean as mean
 
 import archive
 
@@ -129,34 +129,19 @@ def closing_lines(run):
         yield f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped each block, in validation"
         yield from bars(s["gate_zero"])
         yield f"FLOPs a token, forward: {flops:.3g} realised, {full:.3g} dense ({flops / full:.2f} of it)"
-    if s.get("dense_step_seconds"):  # (an older run's, which measured it)
-        yield (f"step time: {s['gated_step_seconds'] / s['dense_step_seconds']:.2f} of a dense step of the "
-               "same size (forward and backward of one micro-batch, medians, measured at the end)")
     ddp = s.get("ddp") or {}  # (which few steps leave without times)
     if total := ddp.get("avg_backward_comm_time"):
         hidden = ddp["avg_backward_compute_comm_overlap_time"]
         yield (f"averaging the gradients takes {total / 1e6:.1f} ms a step, of which {hidden / 1e6:.1f} ms "
                "are hidden behind the backward pass")
     if "folder" in run:
-        steps = [e for e in archive.read_events(run["folder"]) if e["kind"] == "train"]
-        yield from step_lines(c, steps)
+        events = archive.read_events(run["folder"])
+        if uneven := [e["rank_imbalance"] for e in events if "rank_imbalance" in e]:
+            yield f"the busiest rank has {mean(uneven):.3f} of the mean number of active tokens"
         yield (f"record: {place} (look at plot.png)\nnext:\n  ./run.sh eval --checkpoint {place}\n"
                f"  ./run.sh sample --checkpoint {place} --prompt 'def ' --show_depth\n  ./run.sh report")
     else:
         yield f"packed: ./run.sh --config {place} runs it again, ./run.sh show {place} --plot draws it"
-
-
-def step_lines(c, steps):
-    """What its events tell of the time of a training step: beside its first, and of ranks that wait."""
-    tenth = len(steps) // 10
-    if tenth > 1 and c["control"] != "dense":
-        first, last = ((median(e["tokens_per_s"] for e in part), mean(mean(e["gate_zero"]) for e in part))
-                       for part in (steps[:tenth], steps[-tenth:]))
-        yield (f"a training step took {first[0] / last[0]:.2f} of its first time: {last[1]:.0%} of the gates "
-               f"are closed in the last tenth of the steps, {first[1]:.0%} in the first")
-    if steps and "rank_imbalance" in steps[-1]:
-        yield (f"the busiest rank has {mean(e['rank_imbalance'] for e in steps):.3f} of the mean number of "
-               "active tokens")
 
 
 def bars(values, width=24):
