@@ -11,7 +11,8 @@ from tool import UserError, tgs
 
 def lines(trainer):
     cfg, rt, loader, T = trainer.cfg, trainer.rt, trainer.loader, trainer.cfg.max_seq_len
-    weights, steps = 4e-6 * trainer.parameters, cfg.num_steps - trainer.first_step  # MB
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    weights, steps = 4e-6 * parameters, cfg.num_steps - trainer.first_step  # MB
     need = 10 * weights  # two checkpoints and a new one, of weights and AdamW's moments; and the export
     folder = Path(cfg.resume or cfg.records_dir).resolve()
     folder = next(p for p in (folder, *folder.parents) if p.exists())
@@ -28,7 +29,7 @@ def lines(trainer):
     for name, shards in trainer.shards.items():
         yield (f"{name + ':':6s} {sum(map(len, shards.tokens)):,} tokens in {len(shards.paths)} shards, "
                f"{shards.paths[0]} to {shards.paths[-1].name}")
-    yield (f"model: {trainer.parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, "
+    yield (f"model: {parameters:,} parameters in {cfg.n_layers} blocks, control {cfg.control}, "
            f"weights {cfg.init_from or 'new'}")
     yield (f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
            f"{steps / len(loader.steps):.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
