@@ -3021,7 +3021,7 @@ def test_the_benchmark_refuses_what_it_cannot_measure_in_one_line(wrong, capsys)
 
 def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(tmp_path, corpus, capsys, monkeypatch):
     argv = flags(corpus, tmp_path / "r", control="dense", num_steps=5)
-    assert ran(dry_run, *argv, "--dry_run") == 0
+    assert ran(dry_run, *argv) == 0
     assert not [*tmp_path.iterdir()]
     said = capsys.readouterr().out
     assert tgs.main(argv) == 0

@@ -54,4 +54,4 @@ def run(args, explicit):
         print(*lines(trainer), sep="\n")
 
 
-main = tool.command(__name__, run, __doc__, {"dry_run": dict(action="store_true", help="this")}, tgs.FIELDS)
+main = tool.command(__name__, run, __doc__, {}, tgs.FIELDS)
