@@ -364,8 +364,7 @@ def make_layout(seq, cos, sin, n_seqs, flex):
     """The layout of n tokens, in as many rows as the angles cos and sin have, n or padded."""
     each = torch.arange(n_seqs + 1, device=seq.device)
     counts = torch.searchsorted(seq, each, right=True) - torch.searchsorted(seq, each)
-    # (padding by a value that changes would be a graph each)
-    tables = mask_tables(padded(seq - n_seqs, len(cos), 0) + n_seqs) if flex else None
+    tables = mask_tables(padded(seq, len(cos), 2**30)) if flex else None  # (padding: a sequence behind all)
     return Layout(seq, counts, cos, sin, tables)
 
 
