@@ -115,20 +115,30 @@ if [ "$nproc" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
 fi
 [ -n "${MAX_RESTARTS:-}" ] || exec "${launch[@]}" "$program" "${args[@]}"
 
+resumed=no
+case " ${args[*]} " in *" --resume"[\ =]*) resumed=yes ;; esac
 began=$(mktemp)
+trap 'rm -f "$began"' EXIT
+set -m  # the run is a group of its own, so that it hears of Ctrl-C once, from here
 for ((left = MAX_RESTARTS; ; left--)); do
     "${launch[@]}" "$program" "${args[@]}" &
-    child=$!
-    trap 'kill -TERM "$child" 2>/dev/null' TERM INT
+    child=$! stopped=no
+    trap 'stopped=yes; kill -TERM "$child" 2>/dev/null' TERM INT
     status=0
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait, not the run
         status=0
         wait "$child" || status=$?
     done
-    record=$(find "$records" -mindepth 2 -maxdepth 2 -name config.json -newer "$began" 2>/dev/null | sort | tail -n 1)
-    case " ${args[*]} " in *" --resume"[\ =]*) record=${record:-given} ;; esac
-    [ "$status" -ne 0 ] && [ "$left" -gt 0 ] && [ -n "$record" ] || exit "$status"
-    [ "$record" = given ] || args+=(--resume "${record%/config.json}")
+    [ "$status" -gt 3 ] || [ "$status" -eq 1 ] || exit "$status"  # done, or nothing that a restart mends
+    [ "$stopped" = no ] && [ "$left" -gt 0 ] || exit "$status"
+    if [ "$resumed" = no ]; then
+        record=
+        for config in $(find "$records" -mindepth 2 -maxdepth 2 -name config.json -newer "$began" | sort); do
+            flock -n "${config%config.json}metrics.jsonl" true && record=${config%/config.json}  # nobody else's
+        done
+        [ -n "$record" ] || exit "$status"
+        args+=(--resume "$record") resumed=yes
+    fi
     echo "run.sh: ended with status $status; starting again, $((left - 1)) restarts left"
 done

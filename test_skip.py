@@ -1589,17 +1589,17 @@ def test_the_record_is_shown_by_a_process_of_its_own_at_the_start_at_each_valida
         if ROOT / "records" / "show.py" not in command:
             return real(command, **kw)
         calls.append(command[2:])
-        return SimpleNamespace(poll=lambda: None, wait=lambda: waits.append(1))
+        return SimpleNamespace(poll=lambda: None, wait=lambda: waits.append(1) or 0)
 
     monkeypatch.setattr(subprocess, "Popen", start)
     assert tgs.main(flags(corpus, tmp_path, num_steps=5, val_every=2)) == 0
     record = only_record(tmp_path)
     assert calls == [[record, "--log", "--opening"], *[[record, "--log", "--plot"]] * 4, [record, "--log"]]
-    assert len(waits) == 6
+    assert len(waits) == 6 + 5  # for each, and for the one before it
     record = tgs.Record(Config(records_dir=str(tmp_path)), SimpleNamespace(main=True, cuda=True), 0)
     for _ in range(3):
         record.validation(dict(step=0, cross_entropy=1.0, gate_zero=[0.0]))
-    assert len(calls) == 7 and len(waits) == 6
+    assert len(calls) == 7 and len(waits) == 6 + 5
 
 
 def test_a_level_that_stays_closed_against_its_target_is_named_in_the_log_at_once(tmp_path):

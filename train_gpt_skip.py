@@ -2,8 +2,8 @@
 
 The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and Aitchison, arXiv 2506.21103),
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
-a training step at half sparsity takes 0.52 of the dense step's time (records/2026-11-23_06-54-06_bench:
-float32, torch 2.13, 12 blocks, d 384). Here is what can change a run and what records it, in the paper's
+a training step at half sparsity takes 0.52 of the dense step's time (2026-11-23_06-54-06 in
+records/bench.jsonl: float32, torch 2.13, 12 blocks, d 384). Here is what can change a run and what records it, in the paper's
 order; what looks at a run, while it trains or later, is a tool in records/. Three commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
@@ -12,9 +12,8 @@ order; what looks at a run, while it trains or later, is a tool in records/. Thr
 """
 from __future__ import annotations
 
-import argparse, copy, fcntl, glob, hashlib, importlib.metadata
-import itertools, json, math, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
-import traceback, warnings, zipfile
+import argparse, copy, fcntl, glob, hashlib, itertools, json, math, os, platform, re, resource
+import shlex, shutil, signal, subprocess, sys, time, traceback, warnings, zipfile
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -281,7 +280,7 @@ class Runtime:
 
 
 def choose_device(cfg):
-    """This process's device. Raises UserError where there is none, or one that cannot train this model."""
+    """This process's device. Raises RankError where this process has none."""
     if given(cfg.device, "cuda" if torch.cuda.is_available() else "cpu") == "cpu":
         return torch.device("cpu")
     local = int(environ.get("LOCAL_RANK", 0))
@@ -845,7 +844,7 @@ class GateControl(nn.Module):
 # FLOPs (of a forward pass; a training step is three).
 
 def realised_flops(cfg, stats, n):
-    """Matrix-product FLOPs that a forward pass over n tokens ran, from its `statistics` (L/2, 4)."""
+    """Matrix-product FLOPs that a forward pass over n tokens ran, from its `gate_sums`, (L/2, 4)."""
     stats = torch.as_tensor(stats, dtype=torch.float64).cpu()
     rows = torch.full_like(stats[:, 2], n) if cfg.compute == "masked" else stats[:, 2]
     weights = cfg.dim * (2 * cfg.dim + 2 * cfg.n_kv_heads * cfg.head_dim + 3 * cfg.hidden_dim)  # of a block
@@ -1077,14 +1076,14 @@ class Record:
     def __init__(self, cfg, rt, first_step):
         self.cfg, self.rt, self.folder, self.artist = cfg, rt, None, None
         self.shut_steps = 0  # in which a level was closed to nearly all tokens, against its target
-        self.bar = tqdm(total=cfg.num_steps, initial=first_step, dynamic_ncols=True,
+        self.bar = tqdm(total=cfg.num_steps, initial=first_step,
                         disable=not rt.main or None,  # (None: where nobody watches)
                         bar_format="step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}")
         if not rt.main:
             return
         self.folder = Path(cfg.resume) if cfg.resume else make_folder(
             Path(cfg.records_dir), cfg.name or cfg.preset or cfg.control)
-        with writing(self.folder):
+        with writing(self.folder / "log.txt"):
             self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)
             self.text = open(self.folder / "log.txt", "ab", buffering=0)
         try:
@@ -1145,8 +1144,10 @@ class Record:
         """Have records/show.py draw the record, and say what there is to say of it. A process of its own:
         GPUs do not wait for it; a CPU does, which two processes at once would take longer."""
         tool = ROOT / "records" / "show.py"
-        if self.rt.main and tool.exists() and (wait or not self.artist or self.artist.poll() is not None):
-            self.artist = subprocess.Popen([sys.executable, tool, self.folder, "--log", *flags])
+        busy = self.artist and (self.artist.wait() if wait else self.artist.poll()) is None
+        if self.rt.main and tool.exists() and not busy:
+            self.artist = subprocess.Popen([sys.executable, tool, self.folder, "--log", *flags],
+                                           start_new_session=True)
             if wait:
                 self.artist.wait()
 
@@ -1227,7 +1228,7 @@ def environment(rt, shards):
         "git_commit": run_quietly("git", "rev-parse", "HEAD"),
         "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
         "source_sha256": source_hash(), "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "safetensors")},
+        "packages": {"torch": torch.__version__, "numpy": np.__version__},
         "device": torch.cuda.get_device_name() if rt.cuda else processor_name(), "world_size": rt.world,
         "threads": torch.get_num_threads(), "dtype": str(rt.dtype).split(".")[1],
         "compile": rt.compile, "nvidia_smi": run_quietly("nvidia-smi"),
@@ -1361,10 +1362,10 @@ class Trainer:
         and as they come. Seconds."""
         start, batch = time.perf_counter(), self.loader.read(0)
         state = copy.deepcopy(self.model.masks.state_dict())
-        for closing in (1.0, 0.0):
+        for bias in (1.0, 0.0):
             with self.rt.autocast(), torch.no_grad():
                 for router in self.model.masks:
-                    router.linear.bias += closing
+                    router.linear.bias += bias
                 self.model(*batch)
             self.micro_step(*batch)
             self.model.masks.load_state_dict(state)
@@ -1381,16 +1382,17 @@ class Trainer:
 
     def gradients(self):
         """Those of a step's micro-batches. Returns, of all ranks: their mean loss, cross-entropy and active
-        tokens a micro-batch, (R, 3); the gate statistics (L/2, 4); and whether a signal came."""
+        tokens a micro-batch, (R, 3); the gate statistics (L/2, 4); and the signals that came."""
         rt, A = self.rt, self.loader.accumulation
-        signals = torch.tensor(float(self.signals), dtype=torch.float64, device=rt.device)
-        ranks, stats = signals.new_zeros(rt.world, 3), signals.new_zeros(self.cfg.n_levels, 4)
+        ranks = torch.zeros(rt.world, 3, dtype=torch.float64, device=rt.device)
+        stats = ranks.new_zeros(self.cfg.n_levels, 4)
         for a in range(A):
             alone = rt.world > 1 and a + 1 < A  # gradients are averaged over ranks once a step
             with self.parallel.no_sync() if alone else nullcontext():
                 loss, ce, sums = self.micro_step(*self.loader.read(a))
             ranks[rt.rank] += torch.stack((loss, ce, sums[:, 2].sum())) / A
             stats += sums
+        signals = ranks.new_full((), self.signals)
         rt.sum(ranks, stats, signals)
         return ranks, stats, signals
 
@@ -1483,7 +1485,7 @@ def run(trainer, record):
             trainer.save(step, record)
         if last or step % cfg.val_every == 0:
             event = rounded({"step": step, **evaluate(trainer.model, cfg, trainer.rt, trainer.shards["val"])})
-            check_finite(step, validation=event["cross_entropy"])
+            check_finite(step, validation_loss=event["cross_entropy"])
             reached = event["cross_entropy"] <= given(cfg.target_loss, -math.inf)
             if reached:
                 trainer.save(step, record)
@@ -1532,7 +1534,8 @@ def open_record(trainer, record, state):
                    f"script {env['source_sha256'][:16]} (it began with the one in env.json)")
         return
     record.write("env.json", env)
-    shutil.copy(__file__, record.folder)
+    with writing(record.folder / "log.txt"):
+        shutil.copy(__file__, record.folder)
     record.write("config.json", {k: shown(v) for k, v in asdict(cfg).items()})
     record.show("--opening", wait=True)
 
@@ -1562,7 +1565,7 @@ def finish(trainer, record, last, reached):
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
         "peak_memory_bytes": peak_memory(rt),
         # with nanoseconds of computing, of averaging gradients, and of both at once
-        "ddp": trainer.parallel._get_ddp_logging_data() if rt.world > 1 else None})
+        "ddp": getattr(trainer.parallel, "_get_ddp_logging_data", dict)()})
     record.bar.close()
     record.say(f"\nvalidation loss {last['cross_entropy']:.4f} nats a token, {step} steps in {seconds:.0f} "
                f"s, {speed:.0f} tokens/s; record: {record.folder}")
@@ -1631,10 +1634,12 @@ def recorded_settings(source):
     path = Path(source)
     archive = path.parent / "runs.jsonl"
     if not path.exists() and archive.exists():
-        runs = {run["name"]: run for run in map(json.loads, archive.read_text().splitlines())}
-        if path.name not in runs:
+        lines = archive.read_text().splitlines()
+        found = [line for line in lines if line.startswith(f'{{"name":"{path.name}"')]
+        if not found:
             raise UserError(f"{archive} holds no run {path.name}")
-        settings, script = runs[path.name]["config"], runs[path.name]["script"]
+        run = json.loads(found[-1])
+        settings, script = run["config"], run["script"]
         if not source_hash().startswith(script):
             tell("note", f"{path.name} was trained by another script, {archive.parent}/scripts/{script}.py")
     else:
