@@ -134,7 +134,7 @@ for ((left = MAX_RESTARTS; ; left--)); do
     [ "$stopped" = no ] && [ "$left" -gt 0 ] || exit "$status"
     if [ "$resumed" = no ]; then
         record=
-        for config in $(find "$records" -mindepth 2 -maxdepth 2 -name config.json -newer "$began" | sort); do
+        for config in $(find "$records" -path "*/*/config.json" -newer "$began" 2>/dev/null | sort); do
             flock -n "${config%config.json}metrics.jsonl" true && record=${config%/config.json}  # nobody else's
         done
         [ -n "$record" ] || exit "$status"
