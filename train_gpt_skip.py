@@ -4,7 +4,8 @@ The system of "Learning to Skip the Middle Layers of Transformers" (Lawson and A
 in which a skipped token costs nothing: a block computes only the tokens whose gate is open. On two CPU cores
 a training step at half sparsity takes 0.52 of the dense step's time (2026-11-23_06-54-06 in
 records/bench.jsonl: float32, torch 2.13, 12 blocks, d 384). Here is what can change a run and what records
-it, in the paper's order; what looks at a run, while it trains or later, is a tool in records/. Three commands:
+it, in the paper's order; what looks at a run, while it trains or later, is a tool in records/. Three
+commands:
 
     ./run.sh                                                # train: the demo, or Table 2 on GPUs with shards
     ./run.sh eval --checkpoint records/X                    # loss, sparsity, FLOPs, which tokens skip
