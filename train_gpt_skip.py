@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse, copy, fcntl, glob, hashlib, itertools, json, math, os, platform, re, resource
 import shlex, shutil, signal, subprocess, sys, time, traceback, warnings, zipfile
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache, lru_cache, partial
@@ -105,6 +105,7 @@ class Config:
         "sandwich", "pre", "llama")
     gate_attention: str = of_model("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
     compute: str = of_model("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
+    mask_documents: bool = of_model(False, "tokens see only their own document (by default, their sequence)")
     # gates
     control: str = of_gates("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
     mean_target_start: float = of_gates(1.0, "target mean gate of the first block, 0 to 1", allow=FRACTION)
@@ -169,6 +170,7 @@ class Config:
         self.hidden_dim = round(self.ffn_dim_multiplier * self.dim)
         self.router_scale = given(self.router_width, self.dim) / self.dim
         self.step_tokens = self.batch_size * self.max_seq_len
+        self.document_token = None  # begins a document: known from the shards
         self.rule = CONTROLS[self.control]
         self.gated = self.control != "dense"
         self.n_levels = (self.n_layers + 1) // 2
@@ -269,12 +271,9 @@ class Runtime:
             dist.init_process_group("nccl" if self.cuda else "gloo")
 
     def sum(self, *tensors):
-        """Each summed over ranks, in place, in one all-reduce."""
-        if self.world > 1:
-            flat = torch.cat([x.flatten() for x in tensors])
-            dist.all_reduce(flat)
-            for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
-                x.copy_(part.view_as(x))
+        """Each summed over ranks, in place."""
+        for x in tensors if self.world > 1 else ():
+            dist.all_reduce(x)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -626,14 +625,16 @@ class MiddleSkippingTransformer(nn.Module):
         self.lower = eager  # or `compiled`
         self.caches = None  # of each layer, keys and values of earlier tokens: while decoding
 
-    def forward(self, inputs, targets, watch=None):
+    def forward(self, inputs, targets):
         """inputs, targets: (B, T). Returns the mean cross-entropy in nats and every level's `gate_sums`,
-        (L/2, 4). watch(inputs, levels) sees what `span` leaves."""
+        (L/2, 4)."""
         B, T = inputs.shape
-        each = torch.arange(B * T, device=inputs.device)
-        h, levels = self.hidden(inputs.flatten(), each // T, each % T, B)
-        if watch:
-            watch(inputs, levels)
+        tokens, each = inputs.flatten(), torch.arange(B * T, device=inputs.device)
+        seq, pos, n_seqs = each // T, each % T, B
+        if self.cfg.mask_documents:  # a document is a sequence
+            seq = ((tokens == self.cfg.document_token) | (pos == 0)).cumsum(0) - 1
+            n_seqs = 2 + seq[-1].item()  # (with an empty one: a single sequence would be another graph)
+        h, levels = self.hidden(tokens, seq, pos, n_seqs)
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         ce = HeadLoss.apply(h, self.output.weight, targets.flatten(), dtype, self.lower(chunk_loss),
@@ -860,6 +861,7 @@ def realised_flops(cfg, stats, n):
 
 HEADER_BYTES = 1024
 FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): llm.c's
+DOCUMENT_TOKENS = {"gpt2": 50256, "bytes": 256}
 SHARD_HINT = "./run.sh tokenize makes shards, ./run.sh fineweb fetches them"
 
 
@@ -887,25 +889,20 @@ class Shards:
         paths = sorted(map(Path, glob.glob(pattern) or glob.glob(str(ROOT / pattern))))
         if not paths:
             raise UserError(f"--{split}_files {pattern} matches no file: {SHARD_HINT}")
-        self.paths, self.tokens, self.described, self.vocab_size = [], [], [], cfg.vocab_size
+        self.paths, self.tokens, self.vocab_size = [], [], cfg.vocab_size
         for path in paths:
-            whole = open_shard(path)
-            tokens = whole[:limit]
+            tokens = open_shard(path)[:limit]
             limit = limit and limit - len(tokens)
             if len(tokens):
                 self.paths.append(path)
                 self.tokens.append(tokens)
-                self.described.append({"name": path.name, "bytes": path.stat().st_size, "tokens": len(whole)})
-        self.encoding = self.find_encoding(cfg.encoding)
-
-    def find_encoding(self, wanted):
-        """What the dataset.json beside the shards says, which must not contradict the flag."""
         path = self.paths[0].parent / "dataset.json"
-        said = read_json(path).get("encoding", wanted) if path.exists() else wanted
-        if wanted and said != wanted:
-            raise UserError(f"{path} says that its tokens are {said}, not {wanted}: take other shards, or "
-                            "another --encoding")
-        return said
+        said = read_json(path) if path.exists() else {}
+        self.encoding = said.get("encoding", cfg.encoding or cfg.tokeniser)
+        self.document_token = said.get("document_token", DOCUMENT_TOKENS.get(self.encoding))
+        if cfg.encoding not in (None, self.encoding):
+            raise UserError(f"{path} says that its tokens are {self.encoding}, not {cfg.encoding}: take other "
+                            "shards, or another --encoding")
 
     def starts(self, shard, T):
         """Of every sequence of T (+1) tokens at stride T."""
@@ -1048,9 +1045,8 @@ def sequences(shards, cfg):
 
 
 @torch.no_grad()
-def evaluate(model, cfg, rt, shards, watch=None):
-    """Token-weighted validation: cross-entropy (nats a token), gates and realised FLOPs, over all ranks.
-    watch(inputs (B, T), what `span` leaves) is called on every batch of this rank."""
+def evaluate(model, cfg, rt, shards):
+    """Token-weighted validation: cross-entropy (nats a token), gates and realised FLOPs, over all ranks."""
     start, B = time.perf_counter(), cfg.device_batch_size
     places = sequences(shards, cfg)
     loss = torch.zeros((), dtype=torch.float64, device=rt.device)
@@ -1058,7 +1054,7 @@ def evaluate(model, cfg, rt, shards, watch=None):
     for first in range(rt.rank * B, len(places), rt.world * B):
         inputs, targets = shards.batch(places[first:first + B], cfg.max_seq_len, rt)
         with rt.autocast():
-            ce, sums = model(inputs, targets, watch)
+            ce, sums = model(inputs, targets)
         loss += ce.double() * inputs.numel()
         stats += sums
     rt.sum(loss, stats)
@@ -1233,7 +1229,8 @@ def environment(rt, shards):
         "device": torch.cuda.get_device_name() if rt.cuda else processor_name(), "world_size": rt.world,
         "threads": torch.get_num_threads(), "dtype": str(rt.dtype).split(".")[1],
         "compile": rt.compile, "nvidia_smi": run_quietly("nvidia-smi"),
-        "shards": {split: s.described for split, s in shards.items()},
+        "shards": {split: [{"name": path.name, "tokens": len(open_shard(path))} for path in s.paths]
+                   for split, s in shards.items()},
     }
 
 
@@ -1343,10 +1340,14 @@ class Trainer:
         self.cfg = cfg
         self.rt = rt = Runtime(cfg)
         self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
-        self.loader = TrainLoader(self.shards["train"], cfg, rt)
+        shards = self.shards["train"]
+        self.loader = TrainLoader(shards, cfg, rt)
         sequences(self.shards["val"], cfg)  # (which checks that there are some)
         cfg.num_steps = given(cfg.num_steps, len(self.loader.steps))
-        cfg.encoding = self.shards["train"].encoding or cfg.tokeniser
+        cfg.encoding, cfg.document_token = shards.encoding, shards.document_token
+        if cfg.mask_documents and cfg.document_token is None:
+            raise UserError(f"--mask_documents: the dataset.json beside {shards.paths[0]} does not say which "
+                            "document_token begins a document")
         self.model = build_model(cfg, rt, weights, cfg.init_from)
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parts = {"model": self.model, "control": self.control} | self.optimizers  # of a checkpoint
@@ -1425,6 +1426,12 @@ class Trainer:
             event["rank_imbalance"] = max(active) / max(fmean(active), 1.0)
         return rounded(event)
 
+    def interrupt(self, number, frame):
+        """The first SIGTERM or SIGINT ends the run after this step; a second one ends it at once."""
+        self.signals += 1
+        if self.signals > 1:
+            os._exit(128 + number)
+
     def save(self, step, record):
         if not self.rt.main:
             return
@@ -1469,11 +1476,11 @@ def train(cfg, weights):
         raise RankError(f"--resume {cfg.resume}: here its last checkpoint is of step {first}, elsewhere of "
                         "another: copy the record to every machine")
     record = Record(cfg, rt, first)
-    with closing(record.bar):
-        if rt.main:
-            open_record(trainer, record, state)
-        install_signals(trainer)
-        return run(trainer, record)
+    if rt.main:
+        open_record(trainer, record, state)
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, trainer.interrupt)
+    return run(trainer, record)
 
 
 def run(trainer, record):
@@ -1492,7 +1499,7 @@ def run(trainer, record):
                 trainer.save(step, record)
             record.validation(event)
             if last or reached:
-                return finish(trainer, record, event, reached)
+                return finish(trainer, record, event)
         record.step(trainer.train_step(step))
         if trainer.stopping:
             trainer.save(step + 1, record)
@@ -1541,18 +1548,7 @@ def open_record(trainer, record, state):
     record.show("--opening", wait=True)
 
 
-def install_signals(trainer):
-    """The first SIGTERM or SIGINT ends the run after this step; a second one ends it at once."""
-    def handle(number, frame):
-        trainer.signals += 1
-        if trainer.signals > 1:
-            os._exit(128 + number)
-
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, handle)
-
-
-def finish(trainer, record, last, reached):
+def finish(trainer, record, last):
     """Weights, summary, and the closing lines; last: the last validation."""
     rt, step, seconds = trainer.rt, last["step"], trainer.train_s
     if not rt.main:
@@ -1560,7 +1556,7 @@ def finish(trainer, record, last, reached):
     export_weights(trainer.model, record.folder / "model.safetensors")
     speed = step * trainer.cfg.step_tokens / max(seconds, 1e-9)
     record.write("summary.json", last | {
-        "interrupted": False, "target_reached": reached, "sparsity": fmean(last["gate_zero"]),
+        "interrupted": False, "sparsity": fmean(last["gate_zero"]),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
@@ -1635,14 +1631,12 @@ def recorded_settings(source):
     path = Path(source)
     archive = path.parent / "runs.jsonl"
     if not path.exists() and archive.exists():
-        lines = archive.read_text().splitlines()
-        found = [line for line in lines if line.startswith(f'{{"name":"{path.name}"')]
-        if not found:
+        run = {run["name"]: run for run in map(json.loads, open(archive))}.get(path.name)
+        if not run:
             raise UserError(f"{archive} holds no run {path.name}")
-        run = json.loads(found[-1])
-        settings, script = run["config"], run["script"]
-        if not source_hash().startswith(script):
-            tell("note", f"{path.name} was trained by another script, {archive.parent}/scripts/{script}.py")
+        settings = run["config"]
+        if not source_hash().startswith(run["script"]):
+            tell("note", f"{path.name} was trained by {archive.parent}/scripts/{run['script']}.py, not by this")
     else:
         settings = read_json(path / "config.json" if path.is_dir() else path)
     if unknown := sorted(settings.keys() - FIELDS.keys()):

@@ -549,8 +549,9 @@ def usable_fraction(fraction, lowest, highest):
 
 def describe(args, fraction, writers):
     """What `dataset.json` says."""
-    vocab_size = get_encoding(args.encoding).n_vocab
-    about = {"encoding": args.encoding, "vocab_size": vocab_size, "val_fraction": fraction}
+    encoding = get_encoding(args.encoding)
+    about = {"encoding": args.encoding, "vocab_size": encoding.n_vocab, "document_token": encoding.eot_token,
+             "val_fraction": fraction}
     totals = {split: writer.total() for split, writer in writers.items()}
     shards = {name: shard for writer in writers.values() for name, shard in writer.shards.items()}
     return {**about, **totals, "shards": shards}

@@ -98,14 +98,16 @@ def n_routers(c):
 def realised_flops(c, gate_zero):
     """FLOPs of a forward pass a token, counted as the script does, from the share of closed gates a block: at
     least and at most. What a record lacks is the number of pairs of open tokens that attention had: fewest
-    where all sequences have as many open, most where each is all open or all closed."""
+    where all sequences have as many open (or documents are masked and have a token each), most where each is
+    all open or all closed."""
     d, T, everyone = c["dim"], c["max_seq_len"], [1.0] * len(gate_zero)
+    fewest = 1 if c.get("mask_documents") else T
     shares = [1.0 - zero for zero in gate_zero]
     rows = everyone if c["compute"] == "masked" else shares
     keys = everyone if c["gate_attention"] == "none" else shares
     routers = 1 + sum(rows[:n_routers(c) - 1]) if n_routers(c) else 0
     fixed = 2 * block_weights(c) * sum(rows) + 2 * d * (routers + c["vocab_size"])
-    return (fixed + 2 * d * sum(a * (a * T + 1) for a in keys), fixed + 2 * d * sum(keys) * (T + 1))
+    return (fixed + 2 * d * sum(a * (a * fewest + 1) for a in keys), fixed + 2 * d * sum(keys) * (T + 1))
 
 
 # ---- live runs --------------------------------------------------------------------------------------------

@@ -1,56 +1,43 @@
 """Validation loss, sparsity, FLOPs and throughput of a checkpoint, and which tokens skip.
 
     ./run.sh eval --checkpoint records/X
-    ./run.sh eval --checkpoint records/X --depth depth.json        # which tokens skip, as a file
-    ./run.sh eval --checkpoint records/X --text a.txt --hellaswag hellaswag_val.jsonl
+    ./run.sh eval --checkpoint records/X --text a.txt --tasks hellaswag,arc_easy
 
 Sizes come from the checkpoint, data and gates from its record, unless a flag says otherwise.
 """
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
 from statistics import fmean as mean
 
 import torch
-import torch.nn.functional as F
 
 import tool
 from show import bars
 from tool import UserError, encode, get_encoding, tgs
 
 OPTIONS = tool.SOURCE | {
-    "depth": dict(help="write the depth of tokens, by token and by position, to this JSON file"),
     "text": dict(type=Path, nargs="+", default=[],
                  help="score these texts instead: loss, bits a byte, sparsity"),
-    "hellaswag": dict(type=Path, help="score a file like hellaswag_val.jsonl instead"),
+    "tasks": dict(help="instead, tasks of lm-evaluation-harness: names or YAML files, commas between"),
+    "num_fewshot": dict(type=int, help="examples before each question (default: the task's)"),
+    "limit": dict(type=int, help="only the first so many questions of each task"),
 }
 FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
-
-
-@torch.no_grad()
-def token_losses(model, rt, row):
-    """Cross-entropy in nats of every token but the first of a row of at most max_seq_len + 1, and every
-    level's `gate_sums`."""
-    tokens = torch.tensor(row, device=rt.device)
-    pos = torch.arange(len(row) - 1, device=rt.device)
-    with rt.autocast():
-        h, levels = model.hidden(tokens[:-1], torch.zeros_like(pos), pos, 1)
-        losses = F.cross_entropy(model.output(h).float(), tokens[1:], reduction="none")
-    return losses, torch.stack([tgs.gate_sums(g, layout) for g, layout, _ in levels])
 
 
 def evaluate_text(model, rt, path):
     """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
     cfg, text = model.cfg, path.read_text("utf-8", "replace")
-    tokens = encode(cfg, text)
+    T, tokens = cfg.max_seq_len, encode(cfg, text)
     n, nats, stats = len(tokens) - 1, 0.0, 0
     if n == 0:
         raise UserError(f"--text {path} is empty")
-    for start in range(0, n, cfg.max_seq_len):
-        losses, sums = token_losses(model, rt, tokens[start:start + cfg.max_seq_len + 1])
+    for start in range(0, n, T):
+        row = tokens[start:start + T + 1]
+        [losses], _, sums = tool.scores(model, rt, [(row, len(row) - 1)])
         nats += losses.sum().item()
         stats += sums
     sparsity = mean(tgs.gate_report(cfg, stats, n)["gate_zero"])
@@ -58,28 +45,12 @@ def evaluate_text(model, rt, path):
             f"{nats / math.log(2) / len(text.encode()):.4f} bits a byte, sparsity {sparsity:.4f}, {n} tokens")
 
 
-def evaluate_hellaswag(model, rt, path):
-    """Accuracy on a file in the format of hellaswag_val.jsonl, as a line: by the ending whose log-probability
-    given the context is largest, a token (acc_norm) or in all (acc)."""
-    cfg, right = model.cfg, []
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
-        try:
-            item = json.loads(line)
-            context, endings, label = item["ctx"], item["endings"], int(item["label"])
-            endings[label]
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"--hellaswag {path}: line {number} is not a question (ctx, endings, label)")
-        scores = []
-        for end in endings:
-            end = encode(cfg, f" {end}")[1:]
-            row = encode(cfg, context) + end
-            scores.append(token_losses(model, rt, row[-cfg.max_seq_len - 1:])[0][-len(end):])
-        right.append([torch.stack([f(x) for x in scores]).argmin().item() == label
-                      for f in (torch.mean, torch.sum)])
-    if not right:
-        raise UserError(f"--hellaswag {path} holds no question")
-    acc_norm, acc = map(mean, zip(*right))
-    return f"hellaswag: acc_norm {acc_norm:.4f}, acc {acc:.4f}, {len(right)} questions"
+def evaluate_tasks(model, rt, args):
+    try:
+        import harness
+    except ImportError as e:
+        raise UserError(f"--tasks needs lm-evaluation-harness ({e}): pip install 'lm_eval>=0.4.13'")
+    return harness.evaluate(model, rt, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit)
 
 
 class DepthTable:
@@ -135,28 +106,19 @@ def since(marks):
     return at - torch.where(marks, at, 0).cummax(1).values
 
 
-def bytes_per_token(shards):
-    """Mean UTF-8 bytes of text a token, where dataset.json tells; NaN: it does not."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        said = json.loads(shards.paths[0].with_name("dataset.json").read_text())["shards"]
-        said = [said[path.name] for path in shards.paths]
-        return sum(s["bytes"] for s in said) / sum(s["tokens"] for s in said)
-    return math.nan
-
-
 def run(args, explicit):
     cfg, weights = tool.of_checkpoint(args.checkpoint, explicit)
     rt = tgs.Runtime(cfg)
     model = tgs.build_model(cfg, rt, weights, args.checkpoint)
     for path in args.text:
         print(evaluate_text(model, rt, path))
-    if args.hellaswag:
-        print(evaluate_hellaswag(model, rt, args.hellaswag))
+    if args.tasks:
+        print(evaluate_tasks(model, rt, args))
     elif not args.text:
-        evaluate_shards(model, rt, args.depth)
+        evaluate_shards(model, rt)
 
 
-def evaluate_shards(model, rt, depth_file):
+def evaluate_shards(model, rt):
     cfg, shards = model.cfg, tgs.Shards(model.cfg, "val")
     if rt.compile:  # before the clock starts
         first = dataclasses.replace(cfg, val_tokens=cfg.device_batch_size * cfg.max_seq_len + 1)
@@ -166,16 +128,19 @@ def evaluate_shards(model, rt, depth_file):
     except UserError as e:
         print(f"WARNING: no table of depths: {e}", file=sys.stderr)
         depths = None
-    def watch(inputs, levels):
-        if depths:
-            depths.add(inputs, tool.blocks_run(levels, inputs.numel(), cfg.n_layers))
+    hidden = model.hidden
 
-    result = tgs.evaluate(model, cfg, rt, shards, watch)
+    def watched(tokens, *where):
+        h, levels = hidden(tokens, *where)
+        if depths:
+            depths.add(tokens.view(-1, cfg.max_seq_len), tool.blocks_run(levels, len(tokens), cfg.n_layers))
+        return h, levels
+
+    model.hidden = watched
+    result = tgs.evaluate(model, cfg, rt, shards)
+    model.hidden = hidden
     nats, sparsity = result["cross_entropy"], mean(result["gate_zero"])
     print(f"cross_entropy {nats:.6f} nats a token over {result['tokens']} tokens")
-    bits = nats / math.log(2) / bytes_per_token(shards)
-    if math.isfinite(bits):
-        print(f"bits a byte {bits:.4f}")
     print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
     print(f"FLOPs a token: {result['realised_flops_per_token']:.4g}")
     print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
@@ -183,14 +148,10 @@ def evaluate_shards(model, rt, depth_file):
         model.cfg = tool.dense(cfg)
         whole = tgs.evaluate(model, cfg, rt, shards)["val_s"]
         print(f"the same with no gate takes {whole / result['val_s']:.2f} times as long (measured now, once)")
-    tables = depths.tables() if depths else {}
-    for title, rows in tables.items():
+    for title, rows in (depths.tables() if depths else {}).items():
         print(f"mean depth of {cfg.n_layers} blocks, by {title}")
         for name, depth, n in rows[:10] + rows[10:][-10:]:
             print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")
-    if depth_file:
-        with open(depth_file, "x") as f:
-            json.dump(tables, f, indent=1)
 
 
 main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

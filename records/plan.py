@@ -4,12 +4,12 @@
     ./run.sh plan --dim 1024 --n_layers 24 --device_name A100 --sparsity 0 0.5
 
 A micro-batch is counted part by part: FLOPs of the weights' products, of attention (whole 128 x 128 blocks,
-as FlexAttention computes them) and of the head; bytes that pointwise kernels, optimizer and gradients move;
-kernels launched and waits for the host; and bytes of gradients between devices. Counts over the data sheet's
-rates, of which SHARES says how much is assumed, are seconds. FLOPs, parameters and bytes of a block are
-tested against torch's own counts; the shares are assumptions, printed with the result, and `./run.sh bench
---gpu_report` prints this below what it measured. A sparsity is the benchmark's: this share of the tokens is
-skipped at the first router. MFU counts the model's own FLOPs (no masked pairs, no recomputation).
+as FlexAttention computes them) and of the head; bytes that pointwise kernels and gradients move; kernels
+launched and waits for the host. Counts over the data sheet's rates, of which SHARES says how much is assumed,
+are seconds; what happens once a step, the optimizer and the averaging of gradients, is left out. FLOPs and
+parameters are tested against torch's own counts; the shares are assumptions, printed with the result, and `./run.sh bench --gpu_report` prints this below what it measured. A sparsity is the
+benchmark's: this share of the tokens is skipped at the first router. MFU counts the model's own FLOPs (no
+masked pairs, no recomputation).
 """
 import math
 
@@ -18,11 +18,10 @@ import torch
 import tool
 from tool import between, dense, tgs
 
-DEVICES = {  # data sheets: dense bfloat16 FLOP/s, bytes/s, NVLink bytes/s in one direction, bytes of memory
-    "A100": (312e12, 2.04e12, 300e9, 80e9), "H100": (989e12, 3.35e12, 450e9, 80e9),
-    "H200": (989e12, 4.8e12, 450e9, 141e9), "B200": (2250e12, 8.0e12, 900e9, 180e9)}
-NETWORK = 50e9  # bytes/s of a machine's 400 Gb/s network
-SHARES = {"products": 0.65, "attention": 0.35, "memory": 0.8, "network": 0.8}  # assumed, of the above
+DEVICES = {  # data sheets: dense bfloat16 FLOP/s, bytes/s, bytes of memory
+    "A100": (312e12, 2.04e12, 80e9), "H100": (989e12, 3.35e12, 80e9), "H200": (989e12, 4.8e12, 141e9),
+    "B200": (2250e12, 8.0e12, 180e9)}
+SHARES = {"products": 0.65, "attention": 0.35, "memory": 0.8}  # assumed, of the above
 LAUNCH_S, WAIT_S = 4e-6, 100e-6  # assumed: host time of a launch; device idle at each wait for the host
 # Launches, forward and backward, as torch 2.13 lowers them for sm_90: of a bfloat16 block, of what a level
 # does beside its blocks (router, gather and tables, sums, put back), and of the rest.
@@ -58,7 +57,6 @@ def counts(cfg, sparsity=0.0):
         "pointwise": L * rows * moved, "head_bytes": n * (6 * cfg.vocab_size + 36 * d),
         "gather": 24 * rows * d if sparsity else 0,  # rows out and back, forward and backward
         "gradients": 18 * parameters,  # accumulated, and weights cast
-        "update": 32 * parameters,  # AdamW reads four numbers and writes three; the norm reads one
         "launches": L * LAUNCHES_BLOCK + levels * LAUNCHES_LEVEL + LAUNCHES_REST, "waits": levels,
         "memory": 18 * parameters + rows * L * saved + 3 * 2**28 + 20 * n * d}
 
@@ -76,48 +74,25 @@ def micro_batch(cfg, sparsity, device):
     return parts | {"total": max(sum(parts.values()), host), "host": host}
 
 
-def step(cfg, sparsity, device, devices, machines):
-    """Estimated seconds of an optimizer step on `machines` of `devices` each, and tokens a second. Averaging
-    hides behind the backward pass (two thirds) of the last micro-batch."""
-    one, c = micro_batch(cfg, sparsity, device)["total"], counts(cfg, sparsity)
-    _, bandwidth, link, _ = DEVICES[device]
-    accumulation = cfg.batch_size // (cfg.device_batch_size * devices * machines)
-    average = sum(8 * c["parameters"] * (n - 1) / n / (rate * SHARES["network"])  # a ring sends each twice
-                  for n, rate in ((devices, link), (machines, NETWORK)))
-    update = c["update"] / (bandwidth * SHARES["memory"])
-    seconds = accumulation * one + max(0.0, average - one * 2 / 3) + update
-    return {"seconds": seconds, "average": average, "accumulation": accumulation,
-            "tokens_per_s": cfg.step_tokens / seconds}
-
-
 def lines(cfg, sparsities, device, tokens):
-    flops, bandwidth, link, held = DEVICES[device]
+    flops, bandwidth, held = DEVICES[device]
     variants = [("dense", dense(cfg), 0.0)] + [(f"{s:.0%}", cfg, s) for s in sparsities]
     yield (f"ESTIMATE, nothing here is measured: {counts(dense(cfg))['parameters']:,} parameters, "
            f"{cfg.n_layers} blocks, d {cfg.dim}, {cfg.device_batch_size} x {cfg.max_seq_len} tokens a "
            f"micro-batch, bfloat16, {device}")
-    yield (f"data sheet: {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s, {link / 1e9:.0f} GB/s a "
-           f"device between devices, {NETWORK / 1e9:.0f} GB/s a machine between machines; assumed of it: "
+    yield (f"data sheet: {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s; assumed of it: "
            + ", ".join(f"{k} {v:.0%}" for k, v in SHARES.items()))
-    yield "\na micro-batch, forward and backward, ms by part"
+    yield f"\na micro-batch, forward and backward, ms by part; and GPU hours for {tokens:.3g} tokens"
     heads = "".join(f"{part:>11s}" for part in micro_batch(cfg, 0.0, device))
-    yield f"sparsity   TFLOP     GB launches waits{heads}   MFU  GB held"
+    yield f"sparsity   TFLOP     GB launches waits{heads}   MFU   hours  GB held"
     for label, c, s in variants:
         t, k = micro_batch(c, s, device), counts(c, s)
         moved = k["pointwise"] + k["head_bytes"] + k["gather"] + k["gradients"]
         parts = "".join(f"{1e3 * seconds:11.2f}" for seconds in t.values())
+        hours = t["total"] * tokens / (c.device_batch_size * c.max_seq_len) / 3600
         yield (f"{label:>8s}{k['model_flops'] / 1e12:8.1f}{moved / 1e9:7.1f}{k['launches']:9d}{k['waits']:6d}"
-               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{k['memory'] / 1e9:9.1f}"
+               f"{parts}{k['model_flops'] / t['total'] / flops:6.2f}{hours:8.1f}{k['memory'] / 1e9:9.1f}"
                f"{' more than it has' if k['memory'] > held else ''}")
-    yield f"\na step of {cfg.batch_size} sequences, and hours for {tokens:.3g} tokens"
-    yield "  devices sparsity micro-batches  step ms averaging ms   tokens/s   hours"
-    for machines, devices in (1, 1), (1, 4), (1, 8), (2, 8), (4, 8):
-        if cfg.batch_size % (cfg.device_batch_size * devices * machines) == 0:
-            for label, c, s in variants:
-                t = step(c, s, device, devices, machines)
-                yield (f"{machines:5d} x {devices}{label:>9s}{t['accumulation']:14d}{1e3 * t['seconds']:9.1f}"
-                       f"{1e3 * t['average']:13.2f}{t['tokens_per_s']:11,.0f}"
-                       f"{tokens / t['tokens_per_s'] / 3600:8.2f}")
 
 
 OPTIONS = {
@@ -126,8 +101,7 @@ OPTIONS = {
                      help="shares of tokens skipped (default: 0 0.25 0.5 0.75)"),
     "tokens": dict(type=between(float, 1, 1e18), default=1e10, help="of a run (default: 1e10, FineWeb-10B)"),
 }
-FIELDS = [*tgs.SIZES, "norm", "gate_attention", "control", "batch_size", "device_batch_size", "preset",
-          "config"]
+FIELDS = [*tgs.SIZES, "norm", "gate_attention", "control", "device_batch_size", "preset", "config"]
 
 
 def run(args, explicit):

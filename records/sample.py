@@ -41,12 +41,14 @@ class LayerCache:
 
     def __init__(self, cfg, rows, device, attend_some):
         self.attend_some = attend_some  # the compiled function of that name, or None
+        self.prefill = True
         self.counts = torch.zeros(rows, dtype=torch.int64, device=device)
         self.kv = torch.zeros(2, rows, cfg.n_kv_heads, 0, cfg.head_dim, device=device)  # 0 columns
         self.ln_g = torch.zeros(rows, 0, device=device)
 
     def attend(self, q, k, v, ln_g, layout):
-        """An attention_kernel, of rows that may follow cached ones: a whole prompt, or a token a sequence."""
+        """An attention_kernel, of rows that may follow cached ones: a whole prompt (`prefill`), or a token a
+        sequence."""
         seq, held = layout.seq, self.kv.shape[3]
         n, start = len(seq), layout.counts.cumsum(0) - layout.counts
         column = self.counts[seq] + torch.arange(n, device=seq.device) - start[seq]
@@ -57,7 +59,7 @@ class LayerCache:
             self.ln_g = F.pad(self.ln_g, (0, m + 64 - held), value=tgs.REMOVED)
         self.kv[:, seq, :, column] = torch.stack((k[:n], v[:n]), 1)
         self.ln_g[seq, column] = 0.0 if ln_g is None else ln_g[:n]
-        if held == 0:
+        if self.prefill:
             return tgs.attention_kernel(layout)(q, k, v, ln_g, layout)
         return F.pad(self.attend_new(q[:n], seq, m), (0, 0, 0, 0, 0, len(q) - n))
 
@@ -71,6 +73,10 @@ class LayerCache:
         asked = groups.new_zeros(len(self.counts), *groups.shape[1:]).index_copy(0, seq, groups)
         bias = self.ln_g[:, None, None, :m].to(q.dtype)
         return F.scaled_dot_product_attention(asked, *self.kv[:, :, :, :m], bias)[seq].view(q.shape)
+
+    def forget(self, rows):
+        self.counts[rows] = 0
+        self.ln_g[rows] = tgs.REMOVED
 
     def bytes(self):
         """Of the tokens held: keys, values, and ln g in float32."""
@@ -93,16 +99,37 @@ class Decoder:
         self.model = model
         self.cache = [LayerCache(model.cfg, rows, model.cos.device, some) for _ in model.layers]
         self.lengths = [0] * rows
+        self.begin = model.cfg.document_token if model.cfg.mask_documents else None
 
-    @torch.no_grad()
     def append(self, tokens):
         """Run new tokens of some rows, lists by row. Returns logits of the last of each (rows, V), float32,
-        and the depth of every token, row after row."""
+        and the depth of every token, lists by row."""
+        documents = {row: self.documents(ids) for row, ids in tokens.items()}
+        depths = {row: [] for row in tokens}
+        for left in range(max(map(len, documents.values())), 0, -1):  # last the last of all rows
+            part = {row: parts[-left] for row, parts in documents.items() if left <= len(parts)}
+            logits, depth = self.run(part)
+            for row, each in zip(part, depth.split([*map(len, part.values())])):
+                depths[row] += each.tolist()
+        return logits, depths
+
+    def documents(self, ids):
+        """A row's new tokens cut where a document begins that sees no earlier one."""
+        cuts = [i for i, token in enumerate(ids) if i and token == self.begin]
+        return [ids[i:j] for i, j in zip([0, *cuts], [*cuts, len(ids)])]
+
+    @torch.no_grad()
+    def run(self, tokens):
         packed, last = [], []
         for row, ids in tokens.items():
             packed += [(t, row, self.lengths[row] + i) for i, t in enumerate(ids)]
             last.append(len(packed) - 1)
             self.lengths[row] += len(ids)
+        anew = [row for row, ids in tokens.items() if ids[0] == self.begin]
+        for cache in self.cache:
+            cache.prefill = len(packed) > len(tokens)
+            if anew:
+                cache.forget(anew)
         ids, seq, pos = torch.tensor(packed, device=self.model.cos.device).T.contiguous()
         self.model.caches = self.cache
         h, levels = self.model.hidden(ids, seq, pos, len(self.lengths))
@@ -141,10 +168,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     new = dict(enumerate(prompts))  # tokens of the rows that go on
     p = dict.fromkeys(new)
     while new:
-        logits, depth = decoder.append(new)
-        depth = iter(depth.tolist())
+        logits, depths = decoder.append(new)
         for b, row in new.items():
-            out[b] += [Token(t, next(depth), p[b]) for t in row]
+            out[b] += [Token(t, depth, p[b]) for t, depth in zip(row, depths[b])]
         logits = logits[:, :n_vocab]
         picked = choose(logits, temperature, top_k, top_p, generator)
         p = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))

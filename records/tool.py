@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -51,12 +52,17 @@ def of_checkpoint(source, explicit):
     also = [*GATES, "val_files", "val_tokens", "device_batch_size", "dtype"]
     settings = {k: stored[k] for k in also if stored.get(k) is not None}
     settings |= tgs.checkpoint_settings(stored, explicit, source)
-    return Config(**settings | explicit), weights
+    cfg = Config(**settings | explicit)
+    if cfg.mask_documents:
+        cfg.document_token = get_encoding(cfg).eot_token
+    return cfg, weights
 
 
 def dense(cfg):
     """The same model without routers."""
-    return dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.COEFFICIENTS))
+    plain = dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.COEFFICIENTS))
+    plain.document_token = cfg.document_token
+    return plain
 
 
 def blocks_run(levels, n, n_layers):
@@ -67,6 +73,25 @@ def blocks_run(levels, n, n_layers):
         ran = 1 if g is None else (g[:len(at)] > 0).cpu()
         depth[at] += ran * (1 if 2 * l + 1 == n_layers else 2)
     return depth
+
+
+@torch.no_grad()
+@torch.no_grad()
+def scores(model, rt, rows):
+    """Of rows (tokens, n), packed, each of at most max_seq_len + 1 tokens of which the last n count: by row,
+    their cross-entropy in nats and whether each is the likeliest, (n,); and every level's `gate_sums`."""
+    ids = [torch.tensor(tokens, device=rt.device) for tokens, _ in rows]
+    each = [torch.arange(len(x) - 1, device=rt.device) for x in ids]
+    seq = torch.cat([torch.full_like(pos, i) for i, pos in enumerate(each)])
+    counts = [n for _, n in rows]
+    last = torch.cat([pos >= len(pos) - n for pos, n in zip(each, counts)])
+    wanted = torch.cat([x[len(x) - n:] for x, n in zip(ids, counts)])
+    with rt.autocast():
+        h, levels = model.hidden(torch.cat([x[:-1] for x in ids]), seq, torch.cat(each), len(rows))
+        logits = model.output(h[last]).float()
+    losses, greedy = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(1) == wanted
+    return losses.split(counts), greedy.split(counts), torch.stack(
+        [tgs.gate_sums(g, layout) for g, layout, _ in levels])
 
 
 def get_encoding(cfg):
