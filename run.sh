@@ -6,7 +6,7 @@
 #   fineweb, tokenize              get shards, or make them of texts
 #   eval, sample, convert          take a checkpoint: its loss and who skips; text; other layouts
 #   show, report, tracks           one run; all records; comparisons by seeds
-#   bench, plan                    time this machine; estimate what GPUs would need
+#   bench                          time this machine
 # ./run.sh --dry_run [--flags] checks all that a run needs, prints its plan and writes nothing.
 # NPROC (processes on this machine), NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT go to torchrun. MAX_RESTARTS=3
 # starts a run again from its last checkpoint where it fails (one machine; on several, relaunch with --resume).
@@ -17,9 +17,9 @@ fail() { echo "run.sh: error: $*" >&2; exit 2; }
 
 case "${1:---}" in
     --help|-h) sed -n '2,/^set/s/^# \{0,1\}//p' run.sh ;;
-    -*|test|fineweb|tokenize|eval|sample|convert|show|report|tracks|bench|plan) ;;
+    -*|test|fineweb|tokenize|eval|sample|convert|show|report|tracks|bench) ;;
     *) fail "there is no command $1; there are test, fineweb, tokenize, eval, sample, convert, show, report," \
-            "tracks, bench and plan, and without any ./run.sh trains (--help)" ;;
+            "tracks and bench, and without any ./run.sh trains (--help)" ;;
 esac
 
 satisfies() {  # has this Python what the command needs?
@@ -60,7 +60,7 @@ case "${1:-}" in
     fineweb) shift; exec "$python" data/fineweb.py "$@" ;;
     tokenize) shift; exec "$python" data/tokenize_text.py "$@" ;;
     eval) shift; exec "$python" records/evaluate.py "$@" ;;
-    sample|convert|show|report|tracks|bench|plan)
+    sample|convert|show|report|tracks|bench)
         [ "$1 ${2:-}" != "tracks time" ] || demo_data
         tool=$1; shift
         exec "$python" "records/$tool.py" "$@" ;;

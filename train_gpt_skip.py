@@ -1222,8 +1222,7 @@ def environment(rt, shards):
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": run_quietly("git", "rev-parse", "HEAD"),
-        "git_dirty": bool(run_quietly("git", "status", "--porcelain", "--untracked-files=no")),
+        "git_commit": run_quietly("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
         "source_sha256": source_hash(), "python": platform.python_version(),
         "packages": {"torch": torch.__version__, "numpy": np.__version__},
         "device": torch.cuda.get_device_name() if rt.cuda else processor_name(), "world_size": rt.world,
@@ -1307,7 +1306,9 @@ def checkpoint_settings(settings, explicit, source):
 
 def load_weights(model, state, source):
     """Load tensors of any float type; UserError where names or shapes are not the model's. Beside a dense
-    model's weights the model's own routers stay, as they are."""
+    model's weights new routers begin without a preference, and so nearly open that it runs as it did."""
+    for p in model.masks.parameters():
+        nn.init.constant_(p, 0.01 * (p.ndim == 1))
     try:
         model.load_state_dict(model.masks.state_dict(prefix="masks.") | state)
     except (AttributeError, TypeError, RuntimeError) as e:
@@ -1557,7 +1558,6 @@ def finish(trainer, record, last):
     speed = step * trainer.cfg.step_tokens / max(seconds, 1e-9)
     record.write("summary.json", last | {
         "interrupted": False, "sparsity": fmean(last["gate_zero"]),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
         "peak_memory_bytes": peak_memory(rt),

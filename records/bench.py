@@ -22,7 +22,6 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-import plan
 import sample
 import tool
 from tool import UserError, between, dense, tgs
@@ -217,8 +216,7 @@ def gpu_tests(bench):
 OPTIONS = {
     "modes": dict(nargs="+", choices=MODES, default=MODES, help="(default: all)"),
     "rounds": dict(type=between(int, 1, 1000), default=5, help="of measurements (default: 5)"),
-    "gpu_report": dict(action="store_true", help="also: plan.py's estimates, waits for the host, and the "
-                       "tests that need a GPU"),
+    "gpu_report": dict(action="store_true", help="also: waits for the host, and the tests that need a GPU"),
 }
 FIELDS = [*tgs.SIZES, "norm", "device_batch_size", "device", "dtype", "compile", "records_dir"]
 
@@ -245,8 +243,6 @@ def run(args, explicit):
     tool.write_json(path, content)
     print(*table(rows), sep="\n")
     if args.gpu_report:  # what was measured is kept, should one of these fail
-        sheet = next((known for known in plan.DEVICES if known in env["device"]), "H100")
-        print(*plan.lines(cfg, [s for _, s in GATED], sheet, 1e10), sep="\n")
         for ask in host_waits, gpu_tests:
             content[ask.__name__] = ask(bench)
             tool.write_json(path, content)

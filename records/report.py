@@ -197,32 +197,35 @@ def markdown(caption, rows, columns, shown=SHOWN):
 
 
 def track_tables(c):
-    """What is decided, then, folded away, everything else; and the race to the target."""
-    rows = {}
+    """What is decided, then, folded away, everything else; and, if there is a target, the race to it."""
+    rows, target = {}, c.track.get("target")
     for r in sorted(c.rows.values(), key=lambda r: r.mean):
         rows[r] = {"row": r.name, "what": r.what, "steps": r.steps, "val. loss (seeds)":
-                   f"{r.mean:.4f} ± {r.sd:.4f} ({r.n})".replace(" ± nan", ""),
-                   "against the target":
-                   c.verdict(welch([loss - c.track["target"] for loss in r.losses], []), "meet")}
+                   f"{r.mean:.4f} ± {r.sd:.4f} ({r.n})".replace(" ± nan", "")}
         for cost in COSTS:
             rows[r][cost] = r.cost(cost)
             rows[r][f"at equal {cost}"] = c.verdict(c.against[cost].get(r.name), "beat")
     gated = [r for r in rows if not r.dense]
-    near = [row for r, row in rows.items()
-            if r.mean < c.track["target"] + 0.03 and r.cost("training FLOPs") <= 1]
     setting = ["row", "what", "val. loss (seeds)", "forward FLOPs", "at equal forward FLOPs",
                "at equal forward time"]
     training = ["training FLOPs", "training time"]
-    return [
+    tables = [
         markdown(c.track["title"], [rows[r] for r in c.decided], setting),
         markdown("Rows of fewer seeds, or outside of their dense line",
                  [rows[r] for r in gated if r not in c.decided], setting, 0),
         markdown("The dense lines", [rows[r] for r in rows if r.dense], ["row", "val. loss (seeds)", *COSTS],
                  0),
         markdown("By the cost of training", [rows[r] for r in gated],
-                 ["row", "training FLOPs", *TIMED, *(f"at equal {cost}" for cost in training)], 0),
-        markdown(f"The speedrun: to {c.track['target']} nats", sorted(near, key=lambda row: row[training[0]]),
-                 ["row", "steps", "val. loss (seeds)", *training, "against the target"])]
+                 ["row", "training FLOPs", *TIMED, *(f"at equal {cost}" for cost in training)], 0)]
+    if target:
+        near = [r for r in rows if r.mean < target + 0.03 and r.cost("training FLOPs") <= 1]
+        for r in near:
+            found = welch([loss - target for loss in r.losses], [])
+            rows[r]["against the target"] = c.verdict(found, "meet")
+        near.sort(key=lambda r: r.cost("training FLOPs"))
+        tables += [markdown(f"The speedrun: to {target} nats", [rows[r] for r in near],
+                            ["row", "steps", "val. loss (seeds)", *training, "against the target"])]
+    return tables
 
 
 def run_table(caption, runs):

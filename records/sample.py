@@ -103,15 +103,15 @@ class Decoder:
 
     def append(self, tokens):
         """Run new tokens of some rows, lists by row. Returns logits of the last of each (rows, V), float32,
-        and the depth of every token, lists by row."""
+        and the depth of every token, row after row."""
         documents = {row: self.documents(ids) for row, ids in tokens.items()}
         depths = {row: [] for row in tokens}
         for left in range(max(map(len, documents.values())), 0, -1):  # last the last of all rows
             part = {row: parts[-left] for row, parts in documents.items() if left <= len(parts)}
             logits, depth = self.run(part)
             for row, each in zip(part, depth.split([*map(len, part.values())])):
-                depths[row] += each.tolist()
-        return logits, depths
+                depths[row].append(each)
+        return logits, torch.cat(sum(depths.values(), []))
 
     def documents(self, ids):
         """A row's new tokens cut where a document begins that sees no earlier one."""
@@ -168,9 +168,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     new = dict(enumerate(prompts))  # tokens of the rows that go on
     p = dict.fromkeys(new)
     while new:
-        logits, depths = decoder.append(new)
+        logits, depth = decoder.append(new)
+        depth = iter(depth.tolist())
         for b, row in new.items():
-            out[b] += [Token(t, depth, p[b]) for t, depth in zip(row, depths[b])]
+            out[b] += [Token(t, next(depth), p[b]) for t in row]
         logits = logits[:, :n_vocab]
         picked = choose(logits, temperature, top_k, top_p, generator)
         p = dict(zip(new, logits.softmax(-1).gather(1, picked[:, None])[:, 0].tolist()))
