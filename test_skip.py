@@ -64,7 +64,7 @@ TINY = dict(
     device_batch_size=2,
     num_steps=3,
 )
-MASKED_DOCUMENTS = dict(mask_documents=True)
+MASKED_DOCUMENTS = dict(mask_documents=True, document_token=4)
 torch.set_num_threads(1)  # the cases are tiny
 os.environ["OMP_NUM_THREADS"] = "1"
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -181,7 +181,6 @@ def oracle_loss(logits, gates, targets, alpha, beta):
 def random_model(seed=0, closing=0.0, **kw):
     """A model whose gates close more the larger `closing` is (about 0.5: half of the tokens)."""
     cfg = Config(**(TINY | kw))
-    cfg.document_token = 4
     model = MiddleSkippingTransformer(cfg)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -1530,13 +1529,12 @@ def test_the_encoding_and_the_token_that_begins_a_document_are_those_of_the_data
         cfg = tgs.Trainer(Config(**settings | kw), None).cfg
         return cfg.encoding, cfg.document_token
 
-    assert trained() == ("gpt2", 50256)
-    assert trained(vocab_size=257) == ("bytes", 256)
+    for unknown in dict(), dict(document_token=11):
+        with pytest.raises(UserError, match="--document_token"):
+            trained(**unknown)
     dataset.write_text('{"encoding": "a.json", "document_token": 7}')
     assert trained() == ("a.json", 7)
-    dataset.write_text('{"encoding": "a.json"}')
-    with pytest.raises(UserError, match="document_token"):
-        trained()
+    assert trained(document_token=3) == ("a.json", 3)
     with pytest.raises(UserError, match="its tokens are a.json, not bytes"):
         trained(encoding="bytes")
 
@@ -1546,6 +1544,7 @@ def harness(monkeypatch):
     """records/harness.py, over a stand-in for what it takes of lm-evaluation-harness."""
     parts = {"": dict(simple_evaluate=None), ".api.model": dict(TemplateLM=object),
              ".config.evaluate_config": dict(EvaluatorConfig=None),
+             ".models.utils": dict(normalize_gen_kwargs=lambda how: dict(until=[], max_gen_toks=256) | how),
              ".utils": dict(make_table=None, get_rolling_token_windows=one_window)}
     for name, content in parts.items():
         monkeypatch.setitem(sys.modules, f"lm_eval{name}", SimpleNamespace(**content))
@@ -1593,7 +1592,7 @@ def test_texts_and_tasks_are_scored_by_log_probability_and_continued_by_the_cach
         how = dict(max_gen_toks=9, do_sample=False)
         rows = generated(model, [[256], [256, 97]], 9, temperature=0, stop=256)
         first, second = (bytes(t for t in row[1:] if t < 256).decode("utf-8", "replace") for row in rows)
-        stop = how | dict(until=first[3])
+        stop = how | dict(until=["", first[3]])
         asks = [asked("", how), asked("a", how), asked("", stop)]
         assert checkpoint.generate_until(asks) == [first, second[1:], first.split(first[3])[0]]
     small = exported(random_model(17, vocab_size=99)[0], tmp_path / "small")
@@ -2844,7 +2843,7 @@ def test_fineweb_fetches_the_validation_shard_and_the_first_n_next_to_the_script
     assert output.endswith("fineweb10B: 2 shards, 1,501 tokens\n")
     folder = Path("data/fineweb10B")
     assert contents(folder, "*.bin") == {name: hub.files[name] for name in (VAL, TRAIN1)}
-    assert read_dataset(folder) == {"encoding": "gpt2", "vocab_size": 50257, "source": REPO,
+    assert read_dataset(folder) == {"encoding": "gpt2", "vocab_size": 50257, "document_token": 50256, "source": REPO,
                                     "shards": {TRAIN1: {"tokens": 1001}, VAL: {"tokens": 500}}}
 
 

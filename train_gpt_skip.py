@@ -106,6 +106,8 @@ class Config:
     gate_attention: str = of_model("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
     compute: str = of_model("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
     mask_documents: bool = of_model(False, "tokens see only their own document (by default, their sequence)")
+    document_token: int | None = of_model(
+        None, "token that begins a document (default: dataset.json's)", allow="at least 0")
     # gates
     control: str = of_gates("proportional", "how sparsity is controlled (Table 1)", *CONTROLS)
     mean_target_start: float = of_gates(1.0, "target mean gate of the first block, 0 to 1", allow=FRACTION)
@@ -170,7 +172,7 @@ class Config:
         self.hidden_dim = round(self.ffn_dim_multiplier * self.dim)
         self.router_scale = given(self.router_width, self.dim) / self.dim
         self.step_tokens = self.batch_size * self.max_seq_len
-        self.document_token = None  # begins a document: known from the shards
+        self.tokeniser = self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
         self.rule = CONTROLS[self.control]
         self.gated = self.control != "dense"
         self.n_levels = (self.n_layers + 1) // 2
@@ -178,10 +180,6 @@ class Config:
         for ok, message in self.rules():
             if not ok:
                 raise UserError(message)
-
-    @property
-    def tokeniser(self):
-        return self.encoding or ("bytes" if self.vocab_size == 257 else "gpt2")
 
     def rules(self):
         L, d, H = self.n_layers, self.dim, self.n_heads
@@ -861,7 +859,6 @@ def realised_flops(cfg, stats, n):
 
 HEADER_BYTES = 1024
 FORMATS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): llm.c's
-DOCUMENT_TOKENS = {"gpt2": 50256, "bytes": 256}
 SHARD_HINT = "./run.sh tokenize makes shards, ./run.sh fineweb fetches them"
 
 
@@ -898,8 +895,7 @@ class Shards:
                 self.tokens.append(tokens)
         path = self.paths[0].parent / "dataset.json"
         said = read_json(path) if path.exists() else {}
-        self.encoding = said.get("encoding", cfg.encoding or cfg.tokeniser)
-        self.document_token = said.get("document_token", DOCUMENT_TOKENS.get(self.encoding))
+        self.encoding, self.document_token = said.get("encoding", cfg.tokeniser), said.get("document_token")
         if cfg.encoding not in (None, self.encoding):
             raise UserError(f"{path} says that its tokens are {self.encoding}, not {cfg.encoding}: take other "
                             "shards, or another --encoding")
@@ -968,17 +964,15 @@ class TrainLoader:
 # Optimizer and schedule.
 
 def make_optimizers(model, cfg):
-    """By their name in a checkpoint: AdamW, with one rate for the groups default, norms and (scaled by their
+    """By their name in a checkpoint: AdamW, with one rate for the groups default and (scaled by their
     width) routers; and with --optimizer muon, Muon for the blocks' matrices, its updates scaled to the size
     of AdamW's, so that the same lr suits. The groups partition the parameters."""
-    groups = {"default": [], "norms": [], "routers": [], "matrices": []}
+    groups = {"default": [], "routers": [], "matrices": []}
     for name, p in model.named_parameters():
-        if "norm" in name:
-            kind = "norms"
-        elif name.startswith("masks.") and p.ndim == 2:
+        if p.ndim == 2 and name.startswith("masks."):
             kind = "routers"
         else:
-            kind = "matrices" if cfg.optimizer == "muon" and name.startswith("layers.") else "default"
+            kind = "matrices" if cfg.optimizer == "muon" and p.ndim == 2 and "layers" in name else "default"
         groups[kind].append(p)
     *rest, matrices = (
         {"params": params, "name": name, "scale": cfg.router_scale if name == "routers" else 1.0}
@@ -1308,13 +1302,16 @@ def load_weights(model, state, source):
     """Load tensors of any float type; UserError where names or shapes are not the model's. Beside a dense
     model's weights new routers begin without a preference, and so nearly open that it runs as it did."""
     for p in model.masks.parameters():
-        nn.init.constant_(p, 0.01 * (p.ndim == 1))
+        nn.init.zeros_(p)
     try:
         model.load_state_dict(model.masks.state_dict(prefix="masks.") | state)
     except (AttributeError, TypeError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:300]
         raise UserError(f"checkpoint {source} does not fit ({reason}); are --control and --norm those that "
                         "it was trained with?")
+    for router in model.masks:
+        if not router.linear.weight.any():
+            nn.init.constant_(router.linear.bias, 0.01)
 
 
 def export_weights(model, path):
@@ -1345,15 +1342,15 @@ class Trainer:
         self.loader = TrainLoader(shards, cfg, rt)
         sequences(self.shards["val"], cfg)  # (which checks that there are some)
         cfg.num_steps = given(cfg.num_steps, len(self.loader.steps))
-        cfg.encoding, cfg.document_token = shards.encoding, shards.document_token
-        if cfg.mask_documents and cfg.document_token is None:
-            raise UserError(f"--mask_documents: the dataset.json beside {shards.paths[0]} does not say which "
-                            "document_token begins a document")
+        cfg.encoding, cfg.document_token = shards.encoding, given(cfg.document_token, shards.document_token)
+        if cfg.mask_documents and given(cfg.document_token, math.inf) >= cfg.vocab_size:
+            raise UserError(f"--mask_documents: which of {cfg.vocab_size} tokens begins a document? Name it with "
+                            "--document_token")
         self.model = build_model(cfg, rt, weights, cfg.init_from)
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parts = {"model": self.model, "control": self.control} | self.optimizers  # of a checkpoint
         self.first_step, self.train_s, self.train_flops = 0, 0.0, 0.0
-        self.signals, self.stopping = 0, False  # that this rank got; what all ranks agreed on
+        self.signals = 0  # that this rank got
         self.parallel = self.model
         self.compile_s = self.warm_up() if rt.compile else 0.0
         if rt.world > 1:
@@ -1539,8 +1536,8 @@ def open_record(trainer, record, state):
         for path in checkpoints(record.folder):
             if int(path.stem.split("_")[1]) > trainer.first_step:
                 path.unlink()  # it could not be read
-        record.say(f"resumed at step {trainer.first_step} on {env['device']}, commit {env['git_commit']}, "
-                   f"script {env['source_sha256'][:16]} (it began with the one in env.json)")
+        record.say(f"resumed at step {trainer.first_step} on {env['device']} by script "
+                   f"{env['source_sha256'][:16]} (it began with the one in env.json)")
         return
     record.write("env.json", env)
     with writing(record.folder / "log.txt"):
@@ -1631,9 +1628,10 @@ def recorded_settings(source):
     path = Path(source)
     archive = path.parent / "runs.jsonl"
     if not path.exists() and archive.exists():
-        run = {run["name"]: run for run in map(json.loads, open(archive))}.get(path.name)
-        if not run:
+        found = [line for line in open(archive) if line.startswith(f'{{"name":"{path.name}"')]
+        if not found:
             raise UserError(f"{archive} holds no run {path.name}")
+        run = json.loads(found[-1])
         settings = run["config"]
         if not source_hash().startswith(run["script"]):
             tell("note", f"{path.name} was trained by {archive.parent}/scripts/{run['script']}.py, not by this")

@@ -87,7 +87,7 @@ def refuse_another(folder, repo):
 def describe(folder, repo, prefix):
     """Write dataset.json in one step, and only where it is news: a finished folder may be read-only."""
     whole = [path for path in sorted(folder.glob(f"{prefix}_*.bin")) if not fault(path)]
-    text = json.dumps({"encoding": "gpt2", "vocab_size": 50257, "source": repo,
+    text = json.dumps({"encoding": "gpt2", "vocab_size": 50257, "document_token": 50256, "source": repo,
                        "shards": {path.name: {"tokens": tokens_in(path)} for path in whole}}, indent=2) + "\n"
     path, draft = folder / "dataset.json", folder / ".dataset.json"
     if not path.exists() or path.read_text() != text:

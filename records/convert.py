@@ -171,9 +171,9 @@ def ours(model):
 
 def released(model):
     cfg, state = model.cfg, model.state_dict()
-    if cfg.n_layers % 2 or cfg.norm != "sandwich" or cfg.control == "random":
-        raise UserError("the authors' layouts have an even number of blocks, --norm sandwich and no coin for "
-                        f"a router, not {cfg.n_layers}, {cfg.norm} and --control {cfg.control}")
+    if cfg.n_layers % 2 or cfg.norm != "sandwich" or cfg.control == "random" or cfg.mask_documents:
+        raise UserError("the authors' layouts have an even number of blocks, --norm sandwich, no coin for a router "
+                        f"and no masked documents, not {cfg.n_layers}, {cfg.norm}, --control {cfg.control}")
     if not cfg.n_routers:  # a dense model has routers that are all zero
         for l in range(cfg.n_levels):
             state[f"masks.{l}.linear.weight"] = torch.zeros(1, cfg.dim)

@@ -49,7 +49,8 @@ def evaluate_tasks(model, rt, args):
     try:
         import harness
     except ImportError as e:
-        raise UserError(f"--tasks needs lm-evaluation-harness ({e}): pip install 'lm_eval>=0.4.13'")
+        raise UserError(f"--tasks needs lm-evaluation-harness ({e}): {sys.executable} -m pip install "
+                        "'lm_eval>=0.4.13'")
     return harness.evaluate(model, rt, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit)
 
 

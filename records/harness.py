@@ -8,6 +8,7 @@ from itertools import groupby
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_table
 from tqdm import tqdm
 
@@ -27,13 +28,16 @@ class Checkpoint(TemplateLM):
         return self.encoding.eot_token
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        return tool.encode(self.cfg, string)[add_special_tokens is False:]
+        tokens = tool.encode(self.cfg, string)
+        return tokens[1:] if add_special_tokens is False else tokens
 
     def scores(self, rows):
         """(log-likelihood, is it the likeliest?) of the last n tokens of each (tokens, n); as many rows as a
         micro-batch has are packed."""
         T, B = self.cfg.max_seq_len, self.cfg.device_batch_size
-        rows = [(tokens[-T - 1:], min(n, T)) for tokens, n in rows]
+        if too_long := [n for _, n in rows if n > T]:
+            raise UserError(f"--tasks: an answer has {too_long[0]} tokens, the model sees {T}")
+        rows = [(tokens[-T - 1:], n) for tokens, n in rows]
         for i in tqdm(range(0, len(rows), B), "log-likelihoods", disable=None):
             losses, greedy, _ = tool.scores(self.model, self.rt, rows[i:i + B])
             yield from ((-loss.sum().item(), each.all().item()) for loss, each in zip(losses, greedy))
@@ -56,22 +60,21 @@ class Checkpoint(TemplateLM):
         for _, same in groupby((request.args for request in requests), lambda args: str(args[1])):
             texts, (how, *_) = zip(*same)
             for i in range(0, len(texts), B):
-                found += self.continued(texts[i:i + B], **how)
+                seed = self.cfg.seed + len(found)  # so that repeats differ
+                found += self.continued(texts[i:i + B], seed, **normalize_gen_kwargs(how))
         return found
 
-    def continued(self, texts, until=(), max_gen_toks=256, do_sample=False, temperature=0.0, top_p=1.0,
-                  top_k=None, **_):
-        """What follows each text, up to any of the strings `until`."""
-        room = max(1, self.cfg.max_seq_len - max_gen_toks)
-        prompts = [self.tok_encode(text)[-room:] for text in texts]
-        end = self.encoding.eot_token
+    def continued(self, texts, seed, until, max_gen_toks, temperature=0.0, top_p=1.0, top_k=None, **_):
+        """What follows the end of each text (half of the model's length stays for it), up to any of `until`."""
+        T, end = self.cfg.max_seq_len, self.encoding.eot_token
+        prompts = [self.tok_encode(text)[-max(T // 2, T - max_gen_toks):] for text in texts]
         with self.rt.autocast():
-            rows, _ = sample.generate(self.model, prompts, max_gen_toks, temperature * do_sample, top_k, top_p,
-                                      self.cfg.seed, end, self.encoding.n_vocab)
+            rows, _ = sample.generate(self.model, prompts, max_gen_toks, temperature, top_k, top_p, seed, end,
+                                      self.encoding.n_vocab)
         for prompt, row in zip(prompts, rows):
             new = sample.pieces([token for token in row[len(prompt):] if token.id != end], self.encoding)
             text = "".join(piece for piece, _ in new)
-            for stop in [until] if isinstance(until, str) else until:
+            for stop in filter(None, until):
                 text = text.split(stop)[0]
             yield text
 
@@ -81,6 +84,7 @@ def evaluate(model, rt, tasks, **how):
     try:
         config = EvaluatorConfig(tasks=tasks)
         manager = config.process_tasks()
-    except ValueError as e:
+        found = simple_evaluate(Checkpoint(model, rt), tasks=config.tasks, task_manager=manager, **how)
+    except ValueError as e:  # no such task, or one that asks for a consent
         raise UserError(f"--tasks {tasks}: {e}")
-    return make_table(simple_evaluate(Checkpoint(model, rt), tasks=config.tasks, task_manager=manager, **how))
+    return make_table(found)

@@ -18,7 +18,8 @@ from train_gpt_skip import Config, UserError  # noqa: E402
 SOURCE = {"checkpoint": dict(required=True, help="record, checkpoint file, or folder of one")}
 GATES = ["control", "mean_target_start", "mean_target_end", "seed"]  # which decide the gates of given weights
 # which model a checkpoint becomes, and where it runs
-FIELDS = [*GATES, "norm", "gate_attention", "compute", "encoding", "device", "dtype", "compile"]
+FIELDS = [*GATES, "norm", "gate_attention", "compute", "mask_documents", "document_token", "encoding", "device",
+          "dtype", "compile"]
 
 
 def command(module, run, doc, options, fields):
@@ -53,16 +54,14 @@ def of_checkpoint(source, explicit):
     settings = {k: stored[k] for k in also if stored.get(k) is not None}
     settings |= tgs.checkpoint_settings(stored, explicit, source)
     cfg = Config(**settings | explicit)
-    if cfg.mask_documents:
+    if cfg.mask_documents and cfg.document_token is None:
         cfg.document_token = get_encoding(cfg).eot_token
     return cfg, weights
 
 
 def dense(cfg):
     """The same model without routers."""
-    plain = dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.COEFFICIENTS))
-    plain.document_token = cfg.document_token
-    return plain
+    return dataclasses.replace(cfg, control="dense", **dict.fromkeys(tgs.COEFFICIENTS))
 
 
 def blocks_run(levels, n, n_layers):
@@ -75,7 +74,6 @@ def blocks_run(levels, n, n_layers):
     return depth
 
 
-@torch.no_grad()
 @torch.no_grad()
 def scores(model, rt, rows):
     """Of rows (tokens, n), packed, each of at most max_seq_len + 1 tokens of which the last n count: by row,
