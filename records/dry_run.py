@@ -34,7 +34,7 @@ def lines(trainer):
     yield (f"steps: {steps:,} of {cfg.batch_size} x {T} tokens, {steps * cfg.step_tokens:,} in all, "
            f"{steps / len(loader.steps):.3g} passes; ranks: {rt.world}, each with {loader.accumulation} x "
            f"{cfg.device_batch_size} sequences a step")
-    yield f"work:  {flops([1.0] * cfg.n_levels)} training FLOPs if no gate closes"
+    yield f"work:  {flops([1.0] * cfg.n_levels)} training FLOPs at most, if no gate closes"
     if cfg.rule.targets:
         yield f"       {flops(tgs.mean_targets(cfg))} at the targets"
     yield (f"bytes: a rank holds weights of {weights:,.1f} MB, gradients of as much, moments of at most "

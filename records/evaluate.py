@@ -121,35 +121,42 @@ def run(args, explicit):
 
 def evaluate_shards(model, rt):
     cfg, shards = model.cfg, tgs.Shards(model.cfg, "val")
+    variants = [cfg] + [tool.dense(cfg)] * cfg.gated
     if rt.compile:  # before the clock starts
         first = dataclasses.replace(cfg, val_tokens=cfg.device_batch_size * cfg.max_seq_len + 1)
-        tgs.evaluate(model, cfg, rt, tgs.Shards(first, "val"))
-    try:
-        depths = DepthTable(cfg) if cfg.gated else None
-    except UserError as e:
-        print(f"WARNING: no table of depths: {e}", file=sys.stderr)
-        depths = None
-    hidden = model.hidden
-
-    def watched(tokens, *where):
-        h, levels = hidden(tokens, *where)
-        if depths:
-            depths.add(tokens.view(-1, cfg.max_seq_len), tool.blocks_run(levels, len(tokens), cfg.n_layers))
-        return h, levels
-
-    model.hidden = watched
-    result = tgs.evaluate(model, cfg, rt, shards)
-    model.hidden = hidden
+        for model.cfg in variants:
+            tgs.evaluate(model, cfg, rt, tgs.Shards(first, "val"))
+    results = []
+    for model.cfg in variants:
+        results.append(tgs.evaluate(model, cfg, rt, shards))
+    model.cfg, result = cfg, results[0]
     nats, sparsity = result["cross_entropy"], mean(result["gate_zero"])
     print(f"cross_entropy {nats:.6f} nats a token over {result['tokens']} tokens")
     print(f"sparsity {sparsity:.4f}", *bars(result["gate_zero"]), sep="\n")
     print(f"FLOPs a token: {result['realised_flops_per_token']:.4g}")
     print(f"{result['tokens'] / result['val_s']:.0f} tokens/s")
     if cfg.gated:
-        model.cfg = tool.dense(cfg)
-        whole = tgs.evaluate(model, cfg, rt, shards)["val_s"]
-        print(f"the same with no gate takes {whole / result['val_s']:.2f} times as long (measured now, once)")
-    for title, rows in (depths.tables() if depths else {}).items():
+        print(f"the same with no gate takes {results[1]['val_s'] / result['val_s']:.2f} times as long (measured "
+              "now, once)")
+        print_depths(model, rt, shards)
+
+
+def print_depths(model, rt, shards):
+    cfg, hidden = model.cfg, model.hidden
+    try:
+        depths = DepthTable(cfg)
+    except UserError as e:
+        print(f"WARNING: no table of depths: {e}", file=sys.stderr)
+        return
+
+    def watched(tokens, *where):
+        h, levels = hidden(tokens, *where)
+        depths.add(tokens.view(-1, cfg.max_seq_len), tool.blocks_run(levels, len(tokens), cfg.n_layers))
+        return h, levels
+
+    model.hidden = watched
+    tgs.evaluate(model, cfg, rt, shards)
+    for title, rows in depths.tables().items():
         print(f"mean depth of {cfg.n_layers} blocks, by {title}")
         for name, depth, n in rows[:10] + rows[10:][-10:]:
             print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")

@@ -128,7 +128,8 @@ def closing_lines(run):
         _, full = archive.realised_flops(c | {"control": "dense"}, [0.0] * c["n_layers"])
         yield f"sparsity {s['sparsity']:.1%}: the share of tokens that skipped each block, in validation"
         yield from bars(s["gate_zero"])
-        yield f"FLOPs a token, forward: {flops:.3g} realised, {full:.3g} dense ({flops / full:.2f} of it)"
+        part = "" if c.get("mask_documents") else f", {full:.3g} dense ({flops / full:.2f} of it)"
+        yield f"FLOPs a token, forward: {flops:.3g} realised{part}"
     ddp = s.get("ddp") or {}  # (which few steps leave without times)
     if total := ddp.get("avg_backward_comm_time"):
         hidden = ddp["avg_backward_compute_comm_overlap_time"]
