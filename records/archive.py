@@ -189,7 +189,7 @@ def check(run, curve):
     at_end, closed = realised_flops(c, s["gate_zero"]), curve.get("gate_zero", [])
     steps = [realised_flops(c, [*zero, *zero[:half][::-1]]) for zero in closed] or [at_end]
     least, most = (3 * tokens * mean(side) for side in zip(*steps))
-    slack = 0.02 if closed else 0.0  # (a curve has some of the steps)
+    slack = 0.03 if closed else 0.0  # (a curve has some of the steps)
     bounds = {"sparsity": [mean(s["gate_zero"])] * 2, "realised_flops_per_token": at_end,
               "tokens_per_s": [tokens / (s["train_seconds"] or math.inf)] * 2,
               "train_flops": [least * (1 - slack), most * (1 + slack)]}
