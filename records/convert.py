@@ -173,7 +173,8 @@ def released(model):
     cfg, state = model.cfg, model.state_dict()
     if cfg.n_layers % 2 or cfg.norm != "sandwich" or cfg.control == "random" or cfg.mask_documents:
         raise UserError("the authors' layouts have an even number of blocks, --norm sandwich, no coin for a router "
-                        f"and no masked documents, not {cfg.n_layers}, {cfg.norm}, --control {cfg.control}")
+                        f"and --no-mask_documents, not {cfg.n_layers}, {cfg.norm}, --control {cfg.control}"
+                        f"{' and --mask_documents' * cfg.mask_documents}")
     if not cfg.n_routers:  # a dense model has routers that are all zero
         for l in range(cfg.n_levels):
             state[f"masks.{l}.linear.weight"] = torch.zeros(1, cfg.dim)
@@ -219,7 +220,7 @@ OPTIONS = tool.SOURCE | {
     "to": dict(default="ours", choices=LAYOUTS, help="layout (default: ours)"),
     "drop_blocks": dict(nargs="+", type=int, default=[], help="leave out these blocks of a dense model"),
 }
-FIELDS = ["norm", "gate_attention", "compute", "encoding", "max_seq_len"]
+FIELDS = ["norm", "gate_attention", "compute", "mask_documents", "encoding", "max_seq_len"]
 
 
 def run(args, explicit):
