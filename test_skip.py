@@ -3033,7 +3033,8 @@ def test_a_dry_run_says_what_a_run_would_need_and_writes_nothing(tmp_path, corpu
     assert tgs.main(argv) == 0
     record = only_record(tmp_path / "r")
     summary = json.loads((record / "summary.json").read_text())
-    for words in (f"{archive.parameters(vars(Config(**TINY | dict(control='dense')))):,} parameters", f"work:  {summary['train_flops']:.3g} training",
+    parameters = archive.parameters(vars(Config(**TINY | dict(control="dense"))))
+    for words in (f"{parameters:,} parameters", f"work:  {summary['train_flops']:.3g} training",
                   "5,000 tokens in 2 shards", "5 of 4 x 8 tokens, 160 in all", "each with 2 x 2 sequences"):
         assert words in said
     assert ran(dry_run, "--resume", record) == 0 and "0 of 4 x 8" in capsys.readouterr().out

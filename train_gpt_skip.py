@@ -105,7 +105,7 @@ class Config:
         "sandwich", "pre", "llama")
     gate_attention: str = of_model("keys", "ln g on keys (Eq. 3), or no gate (as released)", "keys", "none")
     compute: str = of_model("packed", "skip for real, or compute all and multiply by 0", "packed", "masked")
-    mask_documents: bool = of_model(False, "tokens see only their own document (by default, their sequence)")
+    mask_documents: bool = of_model(False, "tokens see only their own document")
     document_token: int | None = of_model(
         None, "token that begins a document (default: dataset.json's)", allow="at least 0")
     # gates
@@ -897,8 +897,8 @@ class Shards:
         said = read_json(path) if path.exists() else {}
         self.encoding, self.document_token = said.get("encoding", cfg.tokeniser), said.get("document_token")
         if cfg.encoding not in (None, self.encoding):
-            raise UserError(f"{path} says that its tokens are {self.encoding}, not {cfg.encoding}: take other "
-                            "shards, or another --encoding")
+            raise UserError(f"{path} says that its tokens are {self.encoding}, not {cfg.encoding}: take "
+                            "other shards, or another --encoding")
 
     def starts(self, shard, T):
         """Of every sequence of T (+1) tokens at stride T."""
@@ -1344,8 +1344,8 @@ class Trainer:
         cfg.num_steps = given(cfg.num_steps, len(self.loader.steps))
         cfg.encoding, cfg.document_token = shards.encoding, given(cfg.document_token, shards.document_token)
         if cfg.mask_documents and given(cfg.document_token, math.inf) >= cfg.vocab_size:
-            raise UserError(f"--mask_documents: which of {cfg.vocab_size} tokens begins a document? Name it with "
-                            "--document_token")
+            raise UserError(f"--mask_documents: which of {cfg.vocab_size} tokens begins a document? Name it "
+                            "with --document_token")
         self.model = build_model(cfg, rt, weights, cfg.init_from)
         self.optimizers, self.control = make_optimizers(self.model, cfg), GateControl(cfg, rt.device)
         self.parts = {"model": self.model, "control": self.control} | self.optimizers  # of a checkpoint
@@ -1634,7 +1634,7 @@ def recorded_settings(source):
         run = json.loads(found[-1])
         settings = run["config"]
         if not source_hash().startswith(run["script"]):
-            tell("note", f"{path.name} was trained by {archive.parent}/scripts/{run['script']}.py, not by this")
+            tell("note", f"{path.name} was trained by {archive.parent}/scripts/{run['script']}.py")
     else:
         settings = read_json(path / "config.json" if path.is_dir() else path)
     if unknown := sorted(settings.keys() - FIELDS.keys()):
