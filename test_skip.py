@@ -756,17 +756,21 @@ def test_the_page_of_a_sample_says_token_depth_and_probability_and_needs_no_othe
     assert "http" not in page
 
 
-def test_depth_is_tabled_by_token_and_by_position_in_the_word_and_in_what_is_seen():
-    table = evaluate.DepthTable(Config(**TINY | dict(vocab_size=257)))
-    inputs = torch.tensor([[256, *b"ab c"], [*b"d\nee "]])
-    depth = torch.tensor([4, 2, 4, 0, 2, 2, 4, 4, 2, 0])
-    table.add(inputs, depth)
-    tables = table.tables(at_least=1)
-    assert ("'e'", 3.0, 2) in tables["token"]
-    # a word's first token follows white space or the end of text, or is one of them: only b and the second e
-    # do not
-    assert tables["position in the word"] == [("0", 18 / 8, 8), ("1", 6 / 2, 2)]
-    assert sum(n for _, _, n in tables["position in what the model sees"]) == 10
+def test_eval_tables_the_mean_depth_of_each_token_of_the_validation_text(tmp_path, corpus, capsys):
+    model, cfg = random_model(3, vocab_size=257, closing=0.4)
+    shard = corpus / "c_val_000000.bin"
+    checkpoint = exported(model, tmp_path / "m")
+    assert evaluate.main(["--checkpoint", str(checkpoint), "--val_files", str(shard)]) == 0
+    said = capsys.readouterr().out.partition("mean depth of 4 blocks, by token\n")[2].splitlines()
+    n, T = (500 - 1) // cfg.max_seq_len, cfg.max_seq_len
+    tokens = torch.from_numpy(np.fromfile(shard, "<u2", offset=1024)[:n * T].astype(int)).view(n, T)
+    depth = model_logits(model, tokens)[1].double()
+    means = {token: depth[tokens == token].mean().item() for token in range(11)}
+    assert len({*means.values()}) > 1
+    assert sorted(line.split() for line in said) == sorted(
+        [repr(chr(token)), f"{mean:.2f}", f"({(tokens == token).sum()}", "tokens)"]
+        for token, mean in means.items())
+    assert [float(line.split()[1]) for line in said] == sorted(round(mean, 2) for mean in means.values())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3187,6 +3191,10 @@ def test_the_tails_of_students_t_are_those_of_the_tables(t, df, p):
     assert report.survival(t, df) == pytest.approx(p, rel=2e-3)
 
 
+def compared(folder):
+    return report.Comparison(report.results(folder, TRACK), TRACK)
+
+
 def test_a_row_beats_its_regimes_dense_line_only_with_seeds_enough_a_side_and_p_under_the_tracks(tmp_path):
     """A regime is batch, steps, length, optimizer and cooldown, as the configs, not the names, have them."""
     for line in """dense_8      1.00  0.001  1      adamw  4
@@ -3203,7 +3211,7 @@ def test_a_row_beats_its_regimes_dense_line_only_with_seeds_enough_a_side_and_p_
             live_run(tmp_path, row, seed, float(loss) + float(slope) * (seed - 1.5), float(flops),
                      optimizer=optimizer)
     live_run(tmp_path, "nowhere", max_seq_len=4)  # no line of its own
-    c = report.Comparison(tmp_path, TRACK)
+    c = compared(tmp_path)
     # the variances add: of the row, and of half of each neighbour
     sd = c.rows["good"].sd / 2 * math.sqrt(1 + 0.25 + 0.25)
     p = report.survival(0.05 / sd, 1.5**2 / (1 + 2 * 0.25**2) * 3)
@@ -3231,7 +3239,7 @@ def test_a_seed_costs_its_newest_time_or_its_rows_mean_against_the_dense_models_
     write_times(tmp_path, 1, dense_8=1.0, good=9.0)
     write_times(tmp_path, 2, dense_8=1.0, dense_4=0.5, **{first: 0.75, third: 0.9})
     write_times(tmp_path, 3, dense_8=1.0, dense_4=0.6, **{third: 0.8})
-    c = report.Comparison(tmp_path, TRACK)
+    c = compared(tmp_path)
     for cost in "forward time", "training time":
         # 0 and 2 are half way between the dense models, 1 a sixteenth of their difference below the line
         assert c.against[cost]["good"][0] == pytest.approx(-0.9 / 16 / 3)
@@ -3362,12 +3370,14 @@ def test_verify_finds_nothing_wrong_in_the_projects_own_records():
 def test_report_rewrites_the_readme_between_its_markers_only(tmp_path, one_track):
     readme, before, after = tmp_path / "README.md", b"# Mine\r\n\xc3\xa9 | text  \n", b"\n\nBelow\r\n no end"
     readme.write_bytes(before + f"{report.BEGIN}\nold table\n{report.END}".encode() + after)
-    folder = live_run(tmp_path / "track", "gated")  # without the unit: a plain table
-    for _ in range(2):
+    live_run(tmp_path / "track", "dense", loss=1.25)  # without the unit: a plain table
+    for what, more in ("| dense | - | 30 | 1.2500 (1) |", {"zero": 0.5}), ("| gated |", {"zero": 0.0, "seed": 1}):
         assert ran(report, tmp_path) == 0
         text = readme.read_bytes()
         assert text.startswith(before) and text.endswith(after) and b"old table" not in text
-        assert f"| {folder.name} | finished | 8 | 1.0000 | 0.5000 |".encode() in text
+        assert what.encode() in text and (tmp_path / "track.png").read_bytes().startswith(b"\x89PNG")
+        live_run(tmp_path / "track", "gated", **more)
+    assert ran(report, tmp_path) == 0  # one seed's gates never closed
     readme.write_text(f"{report.BEGIN}\nmy text")  # whose end is missing: left alone
     assert ran(report, tmp_path) == 2 and readme.read_text().endswith("my text")
 

@@ -54,57 +54,11 @@ def evaluate_tasks(model, rt, args):
     return harness.evaluate(model, rt, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit)
 
 
-class DepthTable:
-    """Mean depth over a corpus, by token, by position in the word and in the text that the model sees: do the
-    tokens that skip form a hierarchy? A word begins after white space; what is seen, with the sequence or, if
-    it holds an end-of-text token, there."""
-
-    WORD, SEEN = 8, 12  # later positions in a word count as the last; in what is seen, powers of two
-
-    def __init__(self, cfg):
-        encoding = get_encoding(cfg)
-        self.end = encoding.eot_token
-        text = [token_text(encoding, i) for i in range(cfg.vocab_size)]
-        self.names = {
-            "token": [repr(t) for t in text],
-            "position in the word": [*map(str, range(self.WORD - 1)), "later"],
-            "position in what the model sees": [f"{2**i - 1}-{2**(i + 1) - 2}" for i in range(self.SEEN)]}
-        text[self.end:self.end + 1] = [" "]  # (a model may lack it)
-        self.begins_word = torch.tensor([t[:1].isspace() for t in text])
-        self.ends_word = torch.tensor([t[-1:].isspace() for t in text])
-        self.sums = {k: torch.zeros(2, len(names), dtype=torch.float64) for k, names in self.names.items()}
-
-    def add(self, inputs, depth):
-        """A batch of tokens (B, T), and how many blocks each ran."""
-        depth, inputs = depth.flatten(), inputs.cpu()
-        begins = self.begins_word[inputs]
-        begins[:, 1:] |= self.ends_word[inputs[:, :-1]]
-        word = since(begins).clamp(max=self.WORD - 1)
-        seen = since(inputs == self.end).add(1).log2().long().clamp(max=self.SEEN - 1)
-        of = torch.stack((depth, torch.ones_like(depth))).double()
-        for sums, index in zip(self.sums.values(), (inputs, word, seen)):
-            sums.index_add_(1, index.flatten(), of)
-
-    def tables(self, at_least=20):
-        """Lists of (what, mean depth, occurrences), by title; tokens that are rarer than at_least are left
-        out."""
-        rows = {title: [(name, d / n, int(n)) for name, d, n in zip(self.names[title], *sums.tolist()) if n]
-                for title, sums in self.sums.items()}
-        rows["token"] = sorted((r for r in rows["token"] if r[2] >= at_least), key=lambda r: r[1])
-        return rows
-
-
 def token_text(encoding, token):
     """Its number where it has none: a vocabulary may be padded."""
     with contextlib.suppress(KeyError):
-        return encoding.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
+        return repr(encoding.decode_single_token_bytes(token).decode("utf-8", "backslashreplace"))
     return f"<{token}>"
-
-
-def since(marks):
-    """Columns since the last mark of each row (B, T), or since the row's start."""
-    at = torch.arange(marks.shape[1]).expand_as(marks)
-    return at - torch.where(marks, at, 0).cummax(1).values
 
 
 def run(args, explicit):
@@ -141,25 +95,28 @@ def evaluate_shards(model, rt):
         print_depths(model, rt, shards)
 
 
-def print_depths(model, rt, shards):
+def print_depths(model, rt, shards, at_least=20):
+    """Mean depth by token, but of rarer ones."""
     cfg, hidden = model.cfg, model.hidden
+    sums = torch.zeros(2, cfg.vocab_size, dtype=torch.float64)  # of depths, and of ones
     try:
-        depths = DepthTable(cfg)
+        encoding = get_encoding(cfg)
     except UserError as e:
         print(f"WARNING: no table of depths: {e}", file=sys.stderr)
         return
 
     def watched(tokens, *where):
         h, levels = hidden(tokens, *where)
-        depths.add(tokens.view(-1, cfg.max_seq_len), tool.blocks_run(levels, len(tokens), cfg.n_layers))
+        depth = tool.blocks_run(levels, len(tokens), cfg.n_layers)
+        sums.index_add_(1, tokens.cpu(), torch.stack((depth, torch.ones_like(depth))).double())
         return h, levels
 
     model.hidden = watched
     tgs.evaluate(model, cfg, rt, shards)
-    for title, rows in depths.tables().items():
-        print(f"mean depth of {cfg.n_layers} blocks, by {title}")
-        for name, depth, n in rows[:10] + rows[10:][-10:]:
-            print(f"  {name:16s} {depth:6.2f}  ({n} tokens)")
+    rows = sorted((d / n, int(n), i) for i, (d, n) in enumerate(sums.T.tolist()) if n >= at_least)
+    print(f"mean depth of {cfg.n_layers} blocks, by token")
+    for depth, n, token in rows[:10] + rows[10:][-10:]:
+        print(f"  {token_text(encoding, token):16s} {depth:6.2f}  ({n} tokens)")
 
 
 main = tool.command(__name__, run, __doc__, OPTIONS, FIELDS)

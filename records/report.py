@@ -5,7 +5,8 @@
 
 It prints the tables of all records. Those of packed benchmarks and of the tracks of records/tracks.toml,
 whose runs lie in FOLDER/TRACK, it writes between two markers of FOLDER/README.md too, whose other text stays
-as it is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines.
+as it is; and it draws FOLDER/TRACK.png: a track's rows against their dense lines or, where a track decides
+nothing, losses against FLOPs, and closed gates against steps.
 
 --verify notices any changed number of a packed run, of a measurement, of a script or of the README's tables;
 and of a finished live run what its other files tell: its script, and the summary's loss, gates, sparsity,
@@ -70,7 +71,7 @@ class Result:
                      f"{c['max_seq_len']}{', wsd' if c.get('cooldown_fraction') else ''}")
         self.name = name
         self.what, _, self.dense = known or ("-", None, False)
-        self.steps = c["num_steps"]
+        self.steps, self.config, self.runs = c["num_steps"], c, runs
         self.losses = [run["summary"]["cross_entropy"] for run in runs]
         self.n = len(runs)
         self.mean = mean(self.losses)
@@ -106,19 +107,24 @@ def times_of(folder, of_rows):
     return timed
 
 
+def results(folder, track):
+    """What was run of a track, by row."""
+    known = archive.rows_of(track)
+    of_rows = {name: [] for name in known}
+    for (name, _), run in sorted(archive.newest(folder).items()):
+        of_rows.setdefault(name, []).append(run)
+    timed = times_of(folder, of_rows)
+    try:
+        return {name: Result(name, known.get(name), runs, timed) for name, runs in of_rows.items() if runs}
+    except archive.DAMAGE as e:
+        raise RecordError(f"a record in {folder} is damaged ({e!r}): ./run.sh report --verify names it")
+
+
 class Comparison:
     """The rows of a track, and what decides: `against`, by cost and row, what against_line says."""
 
-    def __init__(self, folder, track):
-        self.track = track
-        of_rows = {}
-        for (name, _), run in sorted(archive.newest(folder).items()):
-            of_rows.setdefault(name, []).append(run)
-        known, timed = archive.rows_of(track), times_of(folder, of_rows)
-        try:
-            self.rows = {name: Result(name, known.get(name), runs, timed) for name, runs in of_rows.items()}
-        except archive.DAMAGE as e:
-            raise RecordError(f"a record in {folder} is damaged ({e!r}): ./run.sh report --verify names it")
+    def __init__(self, rows, track):
+        self.track, self.rows = track, rows
         for cost in COSTS:
             one = self.rows[track["unit"]].cost(cost)
             for row in self.rows.values():
@@ -179,7 +185,9 @@ def shares(x, dense):
 def cell(x):
     if x is None or x != x:
         return "-"
-    text = f"{x:.4f}" if isinstance(x, float) else str(x)
+    text = str(x)
+    if isinstance(x, float):
+        text = f"{x:.4f}" if abs(x) < 1000 else f"{x:.4g}"
     return " ".join(text.replace("|", "\\|").split())
 
 
@@ -196,21 +204,31 @@ def markdown(caption, rows, columns, shown=SHOWN):
     return "\n".join(text)
 
 
-def track_tables(c):
+def described(rows):
+    """What a table can say of each row by itself, the best first."""
+    return {r: {"row": r.name, "what": r.what, "steps": r.steps, "val. loss (seeds)":
+                f"{r.mean:.4f} ± {r.sd:.4f} ({r.n})".replace(" ± nan", "")} | {k: r.cost(k) for k in COSTS}
+            for r in sorted(rows, key=lambda r: (r.config["dim"], r.mean))}
+
+
+def plain_tables(rows, track):
+    """Of a track that decides nothing."""
+    columns = ["row", "what", "steps", "val. loss (seeds)", "forward FLOPs"]
+    return [markdown(track["title"], described(rows).values(), columns)]
+
+
+def track_tables(c, track):
     """What is decided, then, folded away, everything else; and, if there is a target, the race to it."""
-    rows, target = {}, c.track.get("target")
-    for r in sorted(c.rows.values(), key=lambda r: r.mean):
-        rows[r] = {"row": r.name, "what": r.what, "steps": r.steps, "val. loss (seeds)":
-                   f"{r.mean:.4f} ± {r.sd:.4f} ({r.n})".replace(" ± nan", "")}
+    rows, target = described(c.rows.values()), track.get("target")
+    for r in rows:
         for cost in COSTS:
-            rows[r][cost] = r.cost(cost)
             rows[r][f"at equal {cost}"] = c.verdict(c.against[cost].get(r.name), "beat")
     gated = [r for r in rows if not r.dense]
     setting = ["row", "what", "val. loss (seeds)", "forward FLOPs", "at equal forward FLOPs",
                "at equal forward time"]
     training = ["training FLOPs", "training time"]
     tables = [
-        markdown(c.track["title"], [rows[r] for r in c.decided], setting),
+        markdown(track["title"], [rows[r] for r in c.decided], setting),
         markdown("Rows of fewer seeds, or outside of their dense line",
                  [rows[r] for r in gated if r not in c.decided], setting, 0),
         markdown("The dense lines", [rows[r] for r in rows if r.dense], ["row", "val. loss (seeds)", *COSTS],
@@ -247,7 +265,7 @@ def bench_table(bench):
 
 def draw_track(c, path):
     """Each decided row against its dense line, with standard errors, filled where it beats the line."""
-    fig, (ax,) = show.canvas(1, (8, 2 + 0.27 * len(c.decided)))
+    fig, [[ax]] = show.canvas(1, (8, 2 + 0.27 * len(c.decided)))
     for cost, fmt, color in ("forward FLOPs", "o", "C3"), ("forward time", "D", "C0"):
         ax.plot([], [], fmt, color=color, label=f"at equal {cost}")
         for i, row in enumerate(c.decided):
@@ -260,6 +278,29 @@ def draw_track(c, path):
     ax.invert_yaxis()
     ax.legend(frameon=False)
     ax.set(title=f"Against the dense line (filled: p < {c.track['p']})", xlabel="nats a token")
+    show.save(fig, path)
+
+
+def draw_plain(rows, path):
+    """Of a track that decides nothing, a column a width: losses against FLOPs; and, a panel a setting, the
+    share of closed gates against steps: of each seed and, from the first to the middle one, of each level."""
+    widths = sorted({r.config["dim"] for r in rows})
+    kinds = ["loss", *dict.fromkeys(r.what for r in rows if archive.n_routers(r.config))]
+    fig, axes = show.canvas(len(widths), (1 + 3 * len(widths), 3 * len(kinds)), len(kinds))
+    for r in rows:
+        panels = dict(zip(kinds, axes[:, widths.index(r.config["dim"])]))
+        panels["loss"].plot(r.each["forward FLOPs"], r.losses, "o", label=r.what)
+        panels["loss"].set(title=f"d {r.config['dim']}", xlabel="FLOPs a token", ylabel="nats a token")
+        for run in r.runs * (r.what in kinds):
+            _, curve = archive.find(path.with_suffix("") / run["name"])
+            closed = np.transpose(curve.get("gate_zero", [[0.0]] * len(curve["step"])))
+            levels = run["seed"] + np.linspace(-0.45, 0.45, len(closed) + 1)
+            mesh = panels[r.what].pcolormesh([*curve["step"], r.steps], levels, closed, vmin=0, vmax=1)
+            panels[r.what].set(title=r.what, xlabel="step", ylabel="seed",
+                               yticks=[run["seed"] for run in r.runs])
+        panels["loss"].legend(frameon=False)
+    if len(kinds) > 1:
+        fig.colorbar(mesh, ax=axes[1:], label="share of closed gates")
     show.save(fig, path)
 
 
@@ -286,14 +327,15 @@ def page(folder, draw):
     """What the README says between its markers; with `draw`, figures too."""
     parts = []
     for name, track in archive.TRACKS.items():
-        runs = archive.newest(folder / name)
-        if track["unit"] in {row for row, _ in runs}:
-            comparison = Comparison(folder / name, track)
-            parts += [f"![{track['title']}]({name}.png)\n", *track_tables(comparison)]
-            if draw:
-                draw_track(comparison, folder / f"{name}.png")
+        rows = results(folder / name, track)
+        if track["unit"] in rows:
+            of, tables, figure = Comparison(rows, track), track_tables, draw_track
         else:
-            parts += run_table(track["title"], runs.values())
+            of, tables, figure = [*rows.values()], plain_tables, draw_plain
+        if rows:
+            parts += [f"![{track['title']}]({name}.png)\n", *tables(of, track)]
+            if draw:
+                figure(of, folder / f"{name}.png")
     return "\n".join([*parts, *map(bench_table, archive.lines(folder / "bench.jsonl"))])
 
 

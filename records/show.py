@@ -26,15 +26,15 @@ def targets(c):
 
 # ---- the picture ------------------------------------------------------------------------------------------
 
-def canvas(columns, size):
-    """A figure and its axes, side by side."""
+def canvas(columns, size, rows=1):
+    """A figure and its rows of axes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes[0]:
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-    return fig, axes[0]
+    return fig, axes
 
 
 def save(fig, path):
@@ -46,7 +46,7 @@ def save(fig, path):
 def plot(run, curve, path):
     """Loss, mean gates and coefficients over steps, as one picture."""
     panels = 3 if "gate_mean" in curve else 1
-    fig, (loss, *rest) = canvas(panels, (1 + 5 * panels, 4.2))
+    fig, [[loss, *rest]] = canvas(panels, (1 + 5 * panels, 4.2))
     loss.plot(curve["step"], curve["cross_entropy"], color="0.7", lw=1, label="training")
     at, losses = ([v[k] for v in run["validations"]] for k in ("step", "cross_entropy"))
     loss.plot(at, losses, "o-", ms=3, color="C3", label="validation")
