@@ -299,6 +299,8 @@ def draw_plain(rows, path):
             panels[r.what].set(title=r.what, xlabel="step", ylabel="seed",
                                yticks=[run["seed"] for run in r.runs])
         panels["loss"].legend(frameon=False)
+    for ax in axes.flat:
+        ax.set_visible(ax.has_data())
     if len(kinds) > 1:
         fig.colorbar(mesh, ax=axes[1:], label="share of closed gates")
     show.save(fig, path)
