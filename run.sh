@@ -102,6 +102,8 @@ if on_demo_data "${args[@]}"; then
 fi
 
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
+# A SIGTERM ends a run after its next step, which a validation may keep waiting: torchrun gives it ten minutes.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 launch=("$python")
 if [ "$nproc" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then

@@ -1679,6 +1679,18 @@ def test_a_level_that_stays_closed_against_its_target_is_named_in_the_log_at_onc
     assert "levels [1]" in lines[at] and "--router_width" in lines[at]
 
 
+def test_a_control_keeps_its_own_coefficients_of_a_preset_and_not_anothers():
+    for control, gamma in ("proportional", 0.03), ("adaptive", None):
+        cfg, _ = tgs.resolve(dict(preset="gated", control=control))
+        assert cfg.coef_update == gamma and cfg.router_width == 64
+
+
+def test_a_terminal_that_is_gone_stops_nothing(tmp_path, corpus, monkeypatch, no_plot):
+    monkeypatch.setattr("builtins.print", lambda *text, **kw: throw(BrokenPipeError()))
+    assert tgs.main(flags(corpus, tmp_path, num_steps=2)) == 0
+    assert "validation loss" in (only_record(tmp_path) / "log.txt").read_text()
+
+
 def test_importing_the_script_does_no_work():
     code = ("import sys, train_gpt_skip; assert 'matplotlib' not in sys.modules; "
             "import torch.distributed as d; assert not d.is_initialized(); print('done')")
@@ -1695,7 +1707,8 @@ def test_importing_the_script_does_no_work():
     ("--mean_target_end 1.5", "between 0 and 1"),
     ("--warmup_fraction 0.3 --cooldown_fraction 0.8", "more than all steps"),
     ("--train_files nowhere/*.bin", "matches no file"), ("--resume nowhere", "nowhere"),
-    ("--init_from nowhere", "does not exist"), ("eval", "eval")])
+    ("--init_from nowhere", "does not exist"), ("--init_from=", "does not exist"), ("--resume=", "config.json"),
+    ("--beta2 1", "from 0 to below 1"), ("eval", "eval")])
 def test_a_mistake_on_the_command_line_is_one_line_that_names_it_and_exit_status_2(argv, words, tmp_path,
                                                                                    capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2034,6 +2047,9 @@ def test_every_malformed_shard_is_one_line_that_names_it_before_a_record_is_made
     lab.refuses(str(path), "smaller --batch_size", train_files=path)
     write_shard(path, tokens[:8])
     lab.refuses("--val_files", "--max_seq_len", val_files=path)
+    said = lab.folder / "dataset.json"
+    said.write_text('{"encoding": "bytes"}')
+    lab.refuses(str(said), "tokens are bytes, not gpt2", val_files=path)  # which the training shards' are
     path.unlink()
     lab.refuses("matches no file", train_files=path)
     path.mkdir()
@@ -2083,7 +2099,8 @@ def test_every_malformed_checkpoint_is_one_line_that_names_it_before_a_record_is
         refuses(content, "damaged or not a checkpoint")
     for content in weights[:-100], b"{":
         refuses(content, "damaged", name="model.safetensors")
-    refuses({"model": [1]}, "not a dictionary")
+    for content in [1], model | {"masks.0.linear.weight": 3}:
+        refuses({"model": content}, "not a dictionary")
     refuses({"model": {}}, "does not fit", "Missing key")
     for name, value in (("more", torch.zeros(3)), (weight, torch.zeros(3)), (weight, "text")):
         refuses({"model": model | {name: value}}, "does not fit", name)
@@ -3006,7 +3023,7 @@ def test_the_benchmark_measures_every_mode_and_variant_and_writes_a_record(tmp_p
         dense = rows[mode, batch, "dense", 0]
         flops = row["flops_per_token"] / dense["flops_per_token"]
         assert row["efficiency"] == pytest.approx(dense["seconds"] / row["seconds"] * flops)
-        assert row["mfu"] > 0 and row["peak_bytes"] > 0
+        assert row["mfu"] > 0
         # all but the routers, the head and the pairs scale with the active tokens
         assert (1 - sparsity) * 0.9 < flops < 1 - sparsity + 0.26
 

@@ -13,7 +13,7 @@ commands:
 """
 from __future__ import annotations
 
-import argparse, copy, fcntl, glob, hashlib, itertools, json, math, os, platform, re, resource
+import argparse, copy, fcntl, glob, hashlib, itertools, json, math, os, platform, re
 import shlex, shutil, signal, subprocess, sys, time, traceback, warnings, zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -132,8 +132,8 @@ class Config:
     optimizer: str = of_optimizer(
         "adamw", "optimizer of the blocks' matrices; all else has AdamW", "adamw", "muon")
     lr: float = of_optimizer(1e-3, "peak learning rate")
-    beta1: float = of_optimizer(0.8, "decay of AdamW's first moment", allow=FRACTION)
-    beta2: float = of_optimizer(0.95, "decay of AdamW's second moment", allow=FRACTION)
+    beta1: float = of_optimizer(0.8, "decay of AdamW's first moment", allow="from 0 to below 1")
+    beta2: float = of_optimizer(0.95, "decay of AdamW's second moment", allow="from 0 to below 1")
     eps: float = of_optimizer(1e-10, "AdamW epsilon")
     weight_decay: float = of_optimizer(0.0, "weight decay, of both optimizers", allow="at least 0")
     max_grad_norm: float | None = of_optimizer(None, "clip the gradient norm to this (default: off)")
@@ -228,7 +228,7 @@ PRESETS = {
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 LARGEST = sys.float_info.max
 RANGES = {"any": (-LARGEST, LARGEST), "above 0": (5e-324, LARGEST), "at least 0": (0, LARGEST),
-          FRACTION: (0, 1)}
+          FRACTION: (0, 1), "from 0 to below 1": (0, 0.9999999)}
 
 
 def check_field(f, value):
@@ -711,7 +711,7 @@ def gate_sums(g, layout):
 def initialise(model, cfg):
     """Normal(0, initializer_range) for every weight (a router's: scaled), zero for router biases, one for
     norms."""
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed % 2**64)
     for name, p in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.ones_(p)
@@ -1097,7 +1097,8 @@ class Record:
             return
         self.append(self.text, line)
         if self.bar.disable:
-            print(line, flush=True)
+            with suppress(OSError):  # (where nobody listens any more)
+                print(line, flush=True)
         elif not of_a_step:
             self.bar.write(line)
 
@@ -1215,7 +1216,6 @@ def source_hash():
 def environment(rt, shards):
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": run_quietly("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
         "source_sha256": source_hash(), "python": platform.python_version(),
         "packages": {"torch": torch.__version__, "numpy": np.__version__},
@@ -1225,12 +1225,6 @@ def environment(rt, shards):
         "shards": {split: [{"name": path.name, "tokens": len(open_shard(path))} for path in s.paths]
                    for split, s in shards.items()},
     }
-
-
-def peak_memory(rt):
-    """Bytes: of the CUDA allocator, or the peak resident set of the process."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # (as Linux counts)
-    return torch.cuda.max_memory_allocated() if rt.cuda else 1024 * kilobytes
 
 
 def processor_name():
@@ -1279,11 +1273,11 @@ def read_weights(source):
         raise UserError(f"checkpoint {source} does not exist, or has no checkpoint_*.pt or "
                         "model.safetensors; fetch one from a hub with ./run.sh convert")
     settings, state = (x.get("model", x) for x in (read_json(folder / "config.json"), read_checkpoint(path)))
-    if not (isinstance(settings, dict) and isinstance(state, dict)):
+    try:  # The authors store a dense model with routers that are all zero, from which nothing would learn.
+        return dict(settings), {k: v for k, v in state.items() if not str(k).startswith("masks.") or v.any()}
+    except (AttributeError, TypeError, ValueError):
         raise UserError(f"checkpoint {path} or its config.json is not a dictionary by names; is it one of a "
                         "model?")
-    # The authors store a dense model with routers that are all zero, from which nothing would ever learn.
-    return settings, {k: v for k, v in state.items() if not str(k).startswith("masks.") or v.any()}
 
 
 def checkpoint_settings(settings, explicit, source):
@@ -1337,12 +1331,13 @@ class Trainer:
     def __init__(self, cfg, weights):
         self.cfg = cfg
         self.rt = rt = Runtime(cfg)
-        self.shards = {split: Shards(cfg, split) for split in ("train", "val")}
-        shards = self.shards["train"]
+        shards = Shards(cfg, "train")
+        cfg.encoding = cfg.tokeniser = shards.encoding  # which the others must have, too
+        self.shards = {"train": shards, "val": Shards(cfg, "val")}
         self.loader = TrainLoader(shards, cfg, rt)
         sequences(self.shards["val"], cfg)  # (which checks that there are some)
         cfg.num_steps = given(cfg.num_steps, len(self.loader.steps))
-        cfg.encoding, cfg.document_token = shards.encoding, given(cfg.document_token, shards.document_token)
+        cfg.document_token = given(cfg.document_token, shards.document_token)
         if cfg.mask_documents and given(cfg.document_token, math.inf) >= cfg.vocab_size:
             raise UserError(f"--mask_documents: which of {cfg.vocab_size} tokens begins a document? Name it "
                             "with --document_token")
@@ -1557,7 +1552,7 @@ def finish(trainer, record, last):
         "interrupted": False, "sparsity": fmean(last["gate_zero"]),
         "train_flops": trainer.train_flops,  # realised, exact
         "train_seconds": seconds, "compile_seconds": trainer.compile_s, "tokens_per_s": speed,
-        "peak_memory_bytes": peak_memory(rt),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),  # (0 on a CPU)
         # with nanoseconds of computing, of averaging gradients, and of both at once
         "ddp": getattr(trainer.parallel, "_get_ddp_logging_data", dict)()})
     record.bar.close()
@@ -1602,16 +1597,17 @@ def resolve(explicit):
             raise UserError("--preset and --config both choose the settings: leave one out")
         settings = recorded_settings(explicit["config"])
     resume = explicit.get("resume")
-    if resume:
+    if resume is not None:
         settings = recorded_settings(resume)
         for k in explicit.keys() - RESUME_MAY_CHANGE:
             if settings.get(k) != shown(explicit[k]):
                 raise UserError(f"--{k} {explicit[k]} disagrees with the record {resume}, which has "
                                 f"{settings.get(k)}: leave the flag out")
-    elif "control" in explicit:  # another rule's coefficients are its own
+    elif explicit.get("control") not in (None, settings.get("control", Config.control)):
+        # another rule's coefficients are its own
         settings = {k: v for k, v in settings.items() if k not in COEFFICIENTS}
     source = (settings | explicit).get("init_from")
-    if source and not (resume and checkpoints(Path(resume))):
+    if source is not None and not (resume and checkpoints(Path(resume))):
         stored, weights = read_weights(source)
         fixed = checkpoint_settings(stored, explicit, source)
         named = "init_from" in explicit and not resume  # (else a record names it, whose settings are its own)

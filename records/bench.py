@@ -118,7 +118,7 @@ class Bench:
         return {"mode": mode, "variant": variant, "sparsity": sparsity,
                 "batch": batch, "seconds": seconds, "tokens_per_s": tokens / seconds,
                 "flops_per_token": 3 * flops if mode == "train" else flops,
-                "peak_bytes": tgs.peak_memory(self.rt)}  # (a CPU's never falls)
+                "peak_bytes": torch.cuda.max_memory_allocated()}  # (0 on a CPU)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------
