@@ -136,9 +136,9 @@ for ((left = MAX_RESTARTS; ; left--)); do
     [ "$stopped" = no ] && [ "$left" -gt 0 ] || exit "$status"
     if [ "$resumed" = no ]; then
         record=
-        for config in $(find "$records" -path "*/*/config.json" -newer "$began" 2>/dev/null | sort); do
+        while IFS= read -r config; do
             flock -n "${config%config.json}metrics.jsonl" true && record=${config%/config.json}  # nobody else's
-        done
+        done < <(find "$records" -path "*/*/config.json" -newer "$began" 2>/dev/null | sort)
         [ -n "$record" ] || exit "$status"
         args+=(--resume "$record") resumed=yes
     fi

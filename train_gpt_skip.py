@@ -1595,7 +1595,7 @@ def resolve(explicit):
     if "config" in explicit:
         if "preset" in explicit:
             raise UserError("--preset and --config both choose the settings: leave one out")
-        settings = recorded_settings(explicit["config"])
+        settings = recorded_settings(explicit["config"]) | dict(name=None, records_dir=Config.records_dir)
     resume = explicit.get("resume")
     if resume is not None:
         settings = recorded_settings(resume)

@@ -89,6 +89,8 @@ class TokenizerFile:
             self.tokenizer = Tokenizer.from_file(path)
         except Exception as error:  # tokenizers raises nothing else
             raise InputError(f"--encoding {path} cannot be read as a tokenizer.json ({error})") from None
+        self.tokenizer.no_truncation()  # (the file may say otherwise)
+        self.tokenizer.no_padding()
         self.name = path
         self.n_vocab = 1 + max(self.tokenizer.get_vocab().values())  # (ids may have gaps)
         begin = self.tokenizer.encode("").ids + list(map(self.tokenizer.token_to_id, self.BEGIN))

@@ -14,6 +14,7 @@ layout, or a hub repo of any of them. What is written is `ours`, which --init_fr
 (config.json, model.safetensors); `llama`, for transformers and what reads the same; `released`, what the
 authors' code trains from; or `hub`, their folder for the hub. Weights are float32.
 """
+import dataclasses
 import re
 import shutil
 import sys
@@ -232,7 +233,7 @@ def run(args, explicit):
             raise UserError(f"--drop_blocks takes some of the blocks 0 to {cfg.n_layers - 1}, each once, of "
                             f"a model with --control dense; this one's is {cfg.control}")
         model.layers = torch.nn.ModuleList(kept)
-        cfg.n_layers = len(kept)
+        cfg = model.cfg = dataclasses.replace(cfg, n_layers=len(kept))
     settings, state = LAYOUTS[args.to](model)
     args.out.mkdir(parents=True)
     if Path(cfg.tokeniser).is_file():

@@ -30,7 +30,7 @@ FIELDS = [*tool.FIELDS, "val_files", "val_tokens", "device_batch_size"]
 
 def evaluate_text(model, rt, path):
     """Loss, bits a byte and sparsity of a text file, as a line: windows of T tokens, each begun anew."""
-    cfg, text = model.cfg, path.read_text("utf-8", "replace")
+    cfg, text = model.cfg, path.read_bytes().decode("utf-8-sig", "replace")
     T, tokens = cfg.max_seq_len, encode(cfg, text)
     n, nats, stats = len(tokens) - 1, 0.0, 0
     if n == 0:

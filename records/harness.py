@@ -85,6 +85,6 @@ def evaluate(model, rt, tasks, **how):
         config = EvaluatorConfig(tasks=tasks)
         manager = config.process_tasks()
         found = simple_evaluate(Checkpoint(model, rt), tasks=config.tasks, task_manager=manager, **how)
-    except ValueError as e:  # no such task, or one that asks for a consent
+    except (ValueError, OSError) as e:  # no such task, one that asks for a consent, no network
         raise UserError(f"--tasks {tasks}: {e}")
     return make_table(found)

@@ -66,6 +66,10 @@ class Result:
 
     def __init__(self, name, known, runs, timed):
         c = runs[0]["config"]
+        for run in runs:
+            for k in c.keys() & run["config"].keys() - archive.MAY_DIFFER:
+                if run["config"][k] != c[k]:
+                    raise RecordError(f"{run['name']} has another --{k} than {runs[0]['name']}: move it away")
         # rows of the same share a dense line:
         self.line = (f"{c.get('optimizer', 'adamw')}, {c['num_steps']:,} steps of {c['batch_size']} x "
                      f"{c['max_seq_len']}{', wsd' if c.get('cooldown_fraction') else ''}")

@@ -162,7 +162,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     """Continue prompts (lists of different lengths) together by the first n_vocab tokens of the vocabulary
     (which may be padded), each until `stop`, max_new_tokens or max_seq_len. Returns every sequence, prompt
     included, a list of Tokens, and the bytes of the cache at the end."""
-    decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed)
+    decoder, generator = Decoder(model, len(prompts)), torch.Generator().manual_seed(seed % 2**64)
     limit = [min(len(prompt) + max_new_tokens, model.cfg.max_seq_len) for prompt in prompts]
     out = [[] for _ in prompts]
     new = dict(enumerate(prompts))  # tokens of the rows that go on

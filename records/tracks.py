@@ -27,10 +27,6 @@ import tool
 from archive import RecordError, Row
 from tool import ROOT, tgs
 
-MAY_DIFFER = {"name", "preset", "config", "device", "device_batch_size", "compile", "log_every", "save_every",
-              "records_dir"}  # of runs that count as the same
-
-
 # ---- running ----------------------------------------------------------------------------------------------
 
 def resolved(flags):
@@ -42,7 +38,7 @@ def resolved(flags):
 def settings_of(flags):
     """All settings that these flags make, but for those that a run finds out itself."""
     settings = vars(resolved(flags)[0])
-    return {k: v for k, v in settings.items() if v is not None and k not in MAY_DIFFER}
+    return {k: v for k, v in settings.items() if v is not None and k not in archive.MAY_DIFFER}
 
 
 def missing(track, rows, seeds, folder, more):
@@ -97,8 +93,8 @@ def models(track, rows, folder):
             sides[row] = cfg, None
         if not sides:
             print(f"tracks.py: {row} is left out: no weights of it are here")
-        for name, (cfg, weights) in sides.items():
-            model = tgs.build_model(cfg, tgs.Runtime(cfg), weights, name)
+        for name, (of_model, weights) in sides.items():
+            model = tgs.build_model(of_model, tgs.Runtime(cfg), weights, name)
             yield name, model, tgs.make_optimizers(model, cfg).values()
 
 
@@ -195,7 +191,7 @@ ARGUMENTS = {
     "of": dict(nargs="?", default=[*archive.TRACKS][0], metavar="TRACK",
                help=f"{', '.join(archive.TRACKS)} (default: the first); to pack, also a folder"),
     "--seeds": dict(type=int, help="seeds of each row (default: the track's)"),
-    "--rounds": dict(type=int, default=9, help="measurements of each row (default: 9)"),
+    "--rounds": dict(type=tool.between(int, 1, 1000), default=9, help="measurements of each row (default: 9)"),
     "--rows": dict(nargs="+", metavar="ROW", help="rows of the track (default: all)"),
     "--records_dir": dict(type=Path, help="where its runs lie (default: records/TRACK)")}
 
