@@ -286,23 +286,24 @@ def draw_track(c, path):
 
 
 def draw_plain(rows, path):
-    """Of a track that decides nothing, a column a width: losses against FLOPs; and, a panel a setting, the
-    share of closed gates against steps: of each seed and, from the first to the middle one, of each level."""
+    """Of a track that decides nothing, a column a width: losses (nats a token) against FLOPs a token; and, a
+    panel a setting with its color as title, the share of closed gates against steps, of each seed and, from
+    the first below to the middle one, of each level."""
     widths = sorted({r.config["dim"] for r in rows})
     kinds = ["loss", *dict.fromkeys(r.what for r in rows if archive.n_routers(r.config))]
-    fig, axes = show.canvas(len(widths), (1 + 3 * len(widths), 3 * len(kinds)), len(kinds))
+    fig, axes = show.canvas(len(widths), (1 + 2.8 * len(widths), 2.4 * len(kinds)), len(kinds))
     for r in rows:
         panels = dict(zip(kinds, axes[:, widths.index(r.config["dim"])]))
-        panels["loss"].plot(r.each["forward FLOPs"], r.losses, "o", label=r.what)
-        panels["loss"].set(title=f"d {r.config['dim']}", xlabel="FLOPs a token", ylabel="nats a token")
+        color = f"C{kinds.index(r.what)}" if r.what in kinds else "0.4"
+        panels["loss"].plot(r.each["forward FLOPs"], r.losses, "o", color=color)
+        panels["loss"].set(title=f"d {r.config['dim']} (grey: dense)", xlabel="FLOPs", ylabel="validation loss")
         for run in r.runs * (r.what in kinds):
             _, curve = archive.find(path.with_suffix("") / run["name"])
             closed = np.transpose(curve.get("gate_zero", [[0.0]] * len(curve["step"])))
             levels = run["seed"] + np.linspace(-0.45, 0.45, len(closed) + 1)
             mesh = panels[r.what].pcolormesh([*curve["step"], r.steps], levels, closed, vmin=0, vmax=1)
-            panels[r.what].set(title=r.what, xlabel="step", ylabel="seed",
-                               yticks=[run["seed"] for run in r.runs])
-        panels["loss"].legend(frameon=False)
+            panels[r.what].set_title(r.what, color=color)
+            panels[r.what].set(xlabel="step", ylabel="seed", yticks=range(r.n))
     for ax in axes.flat:
         ax.set_visible(ax.has_data())
     if len(kinds) > 1:
