@@ -296,7 +296,8 @@ def draw_plain(rows, path):
         panels = dict(zip(kinds, axes[:, widths.index(r.config["dim"])]))
         color = f"C{kinds.index(r.what)}" if r.what in kinds else "0.4"
         panels["loss"].plot(r.each["forward FLOPs"], r.losses, "o", color=color)
-        panels["loss"].set(title=f"d {r.config['dim']} (grey: dense)", xlabel="FLOPs", ylabel="validation loss")
+        panels["loss"].set(title=f"d {r.config['dim']} (grey: dense)", xlabel="FLOPs",
+                           ylabel="validation loss")
         for run in r.runs * (r.what in kinds):
             _, curve = archive.find(path.with_suffix("") / run["name"])
             closed = np.transpose(curve.get("gate_zero", [[0.0]] * len(curve["step"])))
