@@ -561,7 +561,7 @@ def describe(args, fraction, writers):
 
 def summary(args, dataset):
     """What was written, and what to run next."""
-    lines, flags = [], [f"--vocab_size {dataset['vocab_size']}"]
+    lines, flags = [], [f"--preset gated --vocab_size {dataset['vocab_size']}"]
     for split in FIRST_SHARD:
         counts = ", ".join(f"{dataset[split][key]:,} {key}" for key in ("documents", "bytes", "tokens"))
         lines.append(f"{split + ':':6} {counts}")
